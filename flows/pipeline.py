@@ -1,0 +1,171 @@
+"""One walk through the stages, used twice: to find out what is to be done, and to do it.
+
+`Pipeline.step` takes one stage and its subjects. Subjects whose recipe has an artifact are fresh. The others are
+computed, or, in a plan, noted as to do; what depends on them is then noted as waiting.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flows.profile import Profile
+from stages.engine import Engine, Executor, StageReport, UnitProgress, Work
+from stages.spec import StageSpec
+from storage.artifacts import Artifact
+from storage.catalog import Catalog
+from storage.objects import ObjectStore
+from storage.plan import decide
+
+log = logging.getLogger(__name__)
+
+Runner = Callable[[StageSpec, Sequence[Work]], StageReport]
+"""Computes works of one stage; in a flow, a Prefect task run."""
+
+
+@dataclass
+class Workspace:
+    """A folder with a catalog, objects and scratch.
+
+    Attributes:
+        folder: Where it is.
+        catalog: What exists.
+        store: The bytes.
+    """
+
+    folder: Path
+    catalog: Catalog
+    store: ObjectStore
+
+    @staticmethod
+    def open(folder: Path) -> "Workspace":
+        """Open a workspace, making it where it is absent."""
+        folder = folder.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite'}")
+        return Workspace(folder, catalog, ObjectStore(str(folder / "objects")))
+
+    @property
+    def scratch(self) -> Path:
+        """Folder of checkpoints and half-made files, safe to delete when nothing runs."""
+        return self.folder / "scratch"
+
+
+@dataclass(frozen=True)
+class Todo:
+    """Something that a plan found to be done."""
+
+    stage: str
+    subject: str
+    state: str
+    reason: str
+
+
+@dataclass
+class Pipeline:
+    """The walk.
+
+    Attributes:
+        workspace: Where artifacts are.
+        profile: All settings.
+        runner: Computes what is not fresh; None makes this a plan.
+        todo: What a plan found to be done.
+        failed: Subject to stage and error, of what failed now or earlier.
+        reports: What each computed stage did.
+        fresh: How many subjects needed nothing.
+    """
+
+    workspace: Workspace
+    profile: Profile
+    runner: Runner | None = None
+    todo: list[Todo] = field(default_factory=list)
+    failed: dict[str, tuple[str, str]] = field(default_factory=dict)
+    reports: list[StageReport] = field(default_factory=list)
+    fresh: int = 0
+    _made: dict[tuple[str, str], Artifact] = field(default_factory=dict)
+
+    def step(self, spec: StageSpec, works: Iterable[Work]) -> None:
+        """One stage on its subjects."""
+        stale = []
+        for work in works:
+            decision = decide(self.workspace.catalog, spec.output, work.subject, work.recipe)
+            if decision.artifact is not None:
+                self.fresh += 1
+                self.adopt(decision.artifact)
+                self._make_current(decision.artifact)
+            elif decision.state == "failed":
+                self.failed[work.subject] = (spec.name, decision.reason)
+            elif self.runner is None:
+                self.todo.append(Todo(spec.name, work.subject, decision.state, decision.reason))
+            else:
+                log.info("%s: %s is %s: %s", spec.name, work.subject, decision.state, decision.reason)
+                stale.append(work)
+        if stale and self.runner:
+            report = self.runner(spec, stale)
+            self.reports.append(report)
+            for artifact in report.done.values():
+                self.adopt(artifact)
+            for subject, error in report.failed.items():
+                self.failed[subject] = (spec.name, error)
+
+    def _make_current(self, artifact: Artifact) -> None:
+        """A setting that went back to an earlier value makes the earlier artifact current again."""
+        if self.runner is None:
+            return
+        current = self.workspace.catalog.current(artifact.kind, artifact.subject)
+        if current is None or current.id != artifact.id:
+            self.workspace.catalog.set_current(artifact)
+
+    def adopt(self, artifact: Artifact) -> None:
+        """Take an artifact into this walk as it is."""
+        self._made[artifact.kind, artifact.subject] = artifact
+
+    def get(self, kind: str, subject: str) -> Artifact | None:
+        """The artifact of this walk for a subject, or None where it failed or waits."""
+        return self._made.get((kind, subject))
+
+    def all(self, kind: str) -> list[Artifact]:
+        """Every artifact of a kind in this walk, by subject."""
+        return [a for (k, _), a in sorted(self._made.items()) if k == kind]
+
+    def work(
+        self,
+        spec: StageSpec,
+        subject: str,
+        inputs: dict[str, list[Artifact]],
+        source: tuple[dict[str, Any], str] | None = None,
+        **config: Any,
+    ) -> Work:
+        """Describe a stage on a subject; `config` sets fields of its settings that depend on the inputs."""
+        from models.weights import TABLE
+
+        settings = self.profile.config(spec)
+        if config:
+            settings = settings.model_copy(update=config)
+        weights = {name: TABLE[name].identity for name in settings.weights()}
+        return Work(spec, settings, subject, inputs, weights, source)
+
+    def changed(self) -> bool:
+        """Whether a plan found something to do."""
+        return bool(self.todo)
+
+
+def open_executor(workspace: Workspace, profile: Profile) -> Executor:
+    """Start what runs the units: call it in a flow's body, and `close` it there."""
+    from stages.engine import InlineExecutor
+    from stages.worker import WorkerSettings
+
+    settings = WorkerSettings(workspace.store.uri, workspace.scratch, profile.engine.weights_dir)
+    if profile.engine.executor == "inline":
+        return InlineExecutor(settings)
+    from stages.cluster import RayExecutor
+
+    return RayExecutor(settings, profile.engine.ray_address, profile.engine.cpus)
+
+
+def compute(
+    workspace: Workspace, executor: Executor, run_id: str, works: Sequence[Work], progress: UnitProgress
+) -> StageReport:
+    """Compute works of one stage and commit them."""
+    return Engine(workspace.catalog, workspace.store, executor, run_id).run(works, progress)

@@ -1,0 +1,218 @@
+"""What happens inside a worker process: one unit of an item stage, or one job, from stored inputs to stored outputs.
+
+Only small descriptors come in and go out; the bytes move between the worker and the object store.
+"""
+
+import shutil
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from stages.errors import FilmError, MoviedreamerError, StageError
+from stages.spec import Fail, Ok, Outcome, Progress, Row, Skip, StageConfig, StageSpec, no_progress
+from storage.artifacts import TableWriter, read_rows
+from storage.errors import StorageError, StoreFullError
+from storage.objects import ObjectStore, StoredFile
+
+REJECTS = pa.schema([("item", pa.string()), ("outcome", pa.string()), ("reason", pa.string())])
+PART_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a worker takes at once: a run of items of one subject, or a whole job.
+
+    Attributes:
+        subject: The film, shard, snapshot or story.
+        index: Its place among the subject's units.
+        fingerprint: Of the subject's recipe; names the scratch folder of a job.
+        inputs: Role to stored files. For an item stage the first role's files are this unit's own.
+        rows: The items themselves, for a stage whose first input is no artifact (a film's file).
+        items: How many items it holds, for progress.
+    """
+
+    subject: str
+    index: int
+    fingerprint: str
+    inputs: dict[str, tuple[StoredFile, ...]]
+    rows: tuple[Row, ...] = ()
+    items: int = 1
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What came of a unit. `error` is None when it worked.
+
+    Attributes:
+        files: Stored output files, in order.
+        counts: Outcomes: `ok`, `skip:<reason>`, `fail`.
+        summary: What a job said of its result.
+        seconds: Work time.
+        error: What went wrong, for a person.
+        retryable: Whether trying again later may help.
+    """
+
+    files: tuple[StoredFile, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str | None = None
+    retryable: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, as the catalog keeps them."""
+        return self.__dict__ | {"files": [f.as_dict() for f in self.files]}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "UnitResult":
+        """The inverse of `as_dict`."""
+        return UnitResult(**(values | {"files": tuple(StoredFile(**f) for f in values["files"])}))
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """Where a worker finds things: the object store, a folder for scratch, the weights."""
+
+    store_uri: str
+    scratch: Path
+    weights_dir: Path | None
+
+
+class Worker:
+    """Runs units of any stage, keeping the last stage's models loaded.
+
+    Errors of the unit's own never escape: they come back in the `UnitResult`. Storage that is full does escape,
+    because every other unit would meet it too.
+    """
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._store = ObjectStore(settings.store_uri, settings.scratch / "objects")
+        self._loaded: tuple[Any, Any] | None = None
+
+    def run(self, spec: StageSpec, config: StageConfig, unit: Unit, progress: Progress = no_progress) -> UnitResult:
+        """Run one unit.
+
+        Raises:
+            StoreFullError: The store cannot be written.
+        """
+        started = time.perf_counter()
+        try:
+            stage = self._load(spec, config)
+            body = self._run_job if spec.schema is None else self._run_items
+            files, counts, summary = body(spec, stage, unit, progress)
+        except StoreFullError:
+            raise
+        except OSError as error:
+            if error.errno in (28, 122):  # ENOSPC, EDQUOT: everyone's problem, not this unit's
+                raise StoreFullError(f"no space left while computing {spec.name}: {error}; free some space") from error
+            return UnitResult(error=_describe(error), seconds=time.perf_counter() - started, retryable=True)
+        except Exception as error:
+            permanent = isinstance(error, FilmError)  # the film itself is bad; all else may work another time
+            return UnitResult(error=_describe(error), seconds=time.perf_counter() - started, retryable=not permanent)
+        return UnitResult(tuple(files), dict(counts), summary, time.perf_counter() - started)
+
+    def _load(self, spec: StageSpec, config: StageConfig) -> Any:
+        key = (spec.implementation, config)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # let go of the last stage's models before the next ones load
+            self._loaded = (key, spec.load()(config, self._settings.weights_dir))
+        return self._loaded[1]
+
+    def _run_job(
+        self, spec: StageSpec, job: Any, unit: Unit, progress: Progress
+    ) -> tuple[list[StoredFile], Counter, dict]:
+        scratch = self._settings.scratch / f"{spec.name}-{unit.fingerprint[:16]}"
+        scratch.mkdir(parents=True, exist_ok=True)
+        inputs = {role: [self._store.path(f) for f in files] for role, files in unit.inputs.items()}
+        with tempfile.TemporaryDirectory(dir=scratch.parent, prefix=f"{spec.name}-") as folder:
+            summary = job(inputs, Path(folder), scratch, progress)
+            paths = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+            if not paths:
+                raise StageError(f"{spec.name} wrote no file")
+            files = [self._store.put(path, path.relative_to(folder).as_posix()) for path in paths]
+        shutil.rmtree(scratch)
+        return files, Counter(ok=1), summary
+
+    def _run_items(
+        self, spec: StageSpec, stage: Any, unit: Unit, progress: Progress
+    ) -> tuple[list[StoredFile], Counter, dict]:
+        items, others = self._read_inputs(spec, unit)
+        counts: Counter = Counter()
+        self._settings.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._settings.scratch, prefix=f"{spec.name}-") as folder:
+            table = TableWriter(Path(folder), spec.schema, "part", PART_ROWS)
+            rejects = TableWriter(Path(folder), REJECTS, "rejects", 1 << 20)
+            outcomes = stage(**{spec.inputs[0]: items}, **others)
+            for done, outcome in enumerate(checked(spec, items, outcomes), 1):
+                _write_outcome(outcome, table, rejects, counts)
+                progress(done, len(items), "")
+            parts = table.close() + rejects.close(keep_empty=False)
+            files = [self._store.put(path, f"{path.stem}-{unit.index:05d}{path.suffix}", rows) for path, rows in parts]
+        return sorted(files, key=lambda f: f.name), counts, {}
+
+    def _read_inputs(self, spec: StageSpec, unit: Unit) -> tuple[list[Row], dict[str, list[Row]]]:
+        """The unit's items, and the rows of the other inputs that belong to the same frames."""
+        first, *rest = spec.inputs
+        if unit.rows:
+            return list(unit.rows), {}
+        items = list(read_rows(self._store, unit.inputs[first]))
+        if not items:
+            return [], {role: [] for role in rest}
+        frames = [row["frame_index"] for row in items]
+        wanted = set(frames)
+        others = {}
+        for role in rest:
+            rows = read_rows(self._store, unit.inputs[role], (min(frames), max(frames)))
+            others[role] = [row for row in rows if row["frame_index"] in wanted]
+        return items, others
+
+
+def checked(spec: StageSpec, items: list[Row], outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+    """Pass outcomes on, and insist on exactly one for each item.
+
+    Raises:
+        StageError: An item got none, two, or an outcome names an item that was not asked for.
+    """
+    expected = [spec.item_of(row) for row in items]
+    open_items = set(expected)
+    if len(open_items) != len(expected):
+        raise StageError(f"{spec.name}: {len(expected) - len(open_items)} of its input items share a key {spec.key}")
+    for outcome in outcomes:
+        if outcome.item not in open_items:
+            known = "twice" if outcome.item in expected else "though it was not among its inputs"
+            raise StageError(f"{spec.name} gave an outcome for item {outcome.item} {known}")
+        open_items.remove(outcome.item)
+        yield outcome
+    if open_items:
+        raise StageError(f"{spec.name} gave no outcome for {len(open_items)} items, for example {min(open_items)}")
+
+
+def _write_outcome(outcome: Outcome, table: TableWriter, rejects: TableWriter, counts: Counter) -> None:
+    match outcome:
+        case Ok(rows=rows):
+            for row in rows:
+                table.write(row)
+            counts["ok"] += 1
+        case Skip(item=item, reason=reason):
+            rejects.write({"item": item, "outcome": "skip", "reason": reason})
+            counts[f"skip:{reason}"] += 1
+        case Fail(item=item, error=error, retryable=retryable):
+            rejects.write({"item": item, "outcome": "retry" if retryable else "fail", "reason": error})
+            counts["fail"] += 1
+
+
+def _describe(error: Exception) -> str:
+    """One error for a person. Ours and the models' own speak for themselves; of others the place is told too."""
+    own = isinstance(error, MoviedreamerError | StorageError) or type(error).__module__.startswith("models.")
+    if own and not isinstance(error, StageError):
+        return str(error)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} (at {Path(frame.filename).name}:{frame.lineno})"

@@ -1,0 +1,356 @@
+"""The catalog: which films, artifacts, units, snapshots, refs and runs exist. One transaction commits a result.
+
+SQLite in WAL mode in a local workspace; any SQLAlchemy URL elsewhere, with the same tables.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from storage.artifacts import Artifact
+from storage.errors import CatalogError
+from storage.objects import StoredFile
+
+NETWORK_FILE_SYSTEMS = {
+    "nfs",
+    "nfs4",
+    "cifs",
+    "smb3",
+    "smbfs",
+    "fuse.sshfs",
+    "9p",
+    "afs",
+    "ceph",
+    "fuse.s3fs",
+    "lustre",
+}
+
+metadata = sa.MetaData()
+
+film = sa.Table(
+    "film",
+    metadata,
+    sa.Column("film_id", sa.String, primary_key=True),
+    sa.Column("uri", sa.String, nullable=False),
+    sa.Column("digest", sa.String, nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("modified_ns", sa.BigInteger, nullable=False),
+    sa.Column("title", sa.String),
+    sa.Column("year", sa.Integer),
+    sa.Column("split", sa.String),
+    sa.Column("created_at", sa.String, nullable=False),
+)
+artifact = sa.Table(
+    "artifact",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("subject", sa.String, nullable=False),
+    sa.Column("fingerprint", sa.String, nullable=False),
+    sa.Column("digest", sa.String, nullable=False),
+    sa.Column("recipe", sa.JSON, nullable=False),
+    sa.Column("files", sa.JSON, nullable=False),
+    sa.Column("counts", sa.JSON, nullable=False),
+    sa.Column("summary", sa.JSON, nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False),
+    sa.Column("run_id", sa.String),
+    sa.Column("created_at", sa.String, nullable=False),
+    sa.Index("artifact_subject", "kind", "subject"),
+)
+edge = sa.Table(
+    "edge",
+    metadata,
+    sa.Column("artifact_id", sa.String, primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("input_id", sa.String, nullable=False),
+)
+unit = sa.Table(
+    "unit",
+    metadata,
+    sa.Column("stage", sa.String, primary_key=True),
+    sa.Column("subject", sa.String, primary_key=True),
+    sa.Column("fingerprint", sa.String, primary_key=True),
+    sa.Column("unit_index", sa.Integer, primary_key=True),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("result", sa.JSON, nullable=False),
+    sa.Column("updated_at", sa.String, nullable=False),
+)
+snapshot = sa.Table(
+    "snapshot",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("artifact_ids", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.String, nullable=False),
+)
+ref = sa.Table(
+    "ref",
+    metadata,
+    sa.Column("name", sa.String, primary_key=True),
+    sa.Column("target", sa.String, nullable=False),
+    sa.Column("updated_at", sa.String, nullable=False),
+)
+run = sa.Table(
+    "run",
+    metadata,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("command", sa.String, nullable=False),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("summary", sa.JSON, nullable=False),
+    sa.Column("started_at", sa.String, nullable=False),
+    sa.Column("ended_at", sa.String),
+)
+
+
+def utc_now() -> str:
+    """The current time, UTC, ISO 8601 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Catalog:
+    """Opens, and makes where it is absent, the catalog under an SQLAlchemy URL.
+
+    Raises:
+        CatalogError: It cannot be opened, or would be a SQLite file on a network file system.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() == "sqlite":
+            _refuse_network_file(Path(parsed.database or ""))
+        self._engine = sa.create_engine(url, connect_args={"timeout": 60} if parsed.drivername == "sqlite" else {})
+        if parsed.get_backend_name() == "sqlite":
+            sa.event.listen(self._engine, "connect", _configure_sqlite)
+        try:
+            metadata.create_all(self._engine)
+        except sa.exc.SQLAlchemyError as error:
+            raise CatalogError(
+                f"cannot open the catalog {parsed.render_as_string()}: {str(error.args[0])[:300]}; "
+                "check that the folder can be written and has space"
+            ) from error
+
+    def close(self) -> None:
+        """Give back all connections."""
+        self._engine.dispose()
+
+    # Films
+
+    def save_film(self, row: Mapping[str, Any]) -> None:
+        """Insert a film or replace its facts (`film_id, uri, digest, bytes, modified_ns, title, year, split`)."""
+        with self._engine.begin() as connection:
+            known = connection.execute(
+                sa.select(film.c.created_at).where(film.c.film_id == row["film_id"])
+            ).scalar_one_or_none()
+            connection.execute(sa.delete(film).where(film.c.film_id == row["film_id"]))
+            connection.execute(sa.insert(film).values(created_at=known or utc_now(), **row))
+
+    def film(self, film_id: str) -> dict[str, Any] | None:
+        """One film's facts, or None."""
+        with self._engine.connect() as connection:
+            row = connection.execute(sa.select(film).where(film.c.film_id == film_id)).mappings().one_or_none()
+        return dict(row) if row else None
+
+    def films(self) -> list[dict[str, Any]]:
+        """All films, by id."""
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(sa.select(film).order_by(film.c.film_id)).mappings()]
+
+    # Artifacts
+
+    def commit(self, made: Artifact, run_id: str | None = None) -> Artifact:
+        """Commit a result in one transaction: the artifact, its edges, the ref to it; its unit rows go.
+
+        A result that another writer committed under the same id is kept and returned.
+        """
+        made = Artifact(**(made.__dict__ | {"created_at": utc_now()}))
+        values = {
+            "files": [f.as_dict() for f in made.files],
+            "run_id": run_id,
+            **{c.name: getattr(made, c.name) for c in artifact.c if c.name not in ("files", "run_id")},
+        }
+        with self._engine.begin() as connection:
+            taken = connection.execute(sa.select(artifact.c.id).where(artifact.c.id == made.id)).one_or_none()
+            if taken is None:
+                connection.execute(sa.insert(artifact).values(**values))
+                for position, input_id in enumerate(made.inputs):
+                    connection.execute(
+                        sa.insert(edge).values(artifact_id=made.id, position=position, input_id=input_id)
+                    )
+            _set_ref(connection, current_ref(made.kind, made.subject), made.id)
+            connection.execute(
+                sa.delete(unit).where(
+                    unit.c.stage == made.recipe["stage"],
+                    unit.c.subject == made.subject,
+                    unit.c.fingerprint == made.fingerprint,
+                )
+            )
+        return self.artifact(made.id) or made
+
+    def artifact(self, artifact_id: str) -> Artifact | None:
+        """The artifact of that id, or None."""
+        found = self._select(artifact.c.id == artifact_id)
+        return found[0] if found else None
+
+    def find(self, kind: str, subject: str, fingerprint: str) -> Artifact | None:
+        """The artifact that a recipe gave for a subject, or None."""
+        found = self._select(
+            artifact.c.kind == kind, artifact.c.subject == subject, artifact.c.fingerprint == fingerprint
+        )
+        return found[0] if found else None
+
+    def current(self, kind: str, subject: str) -> Artifact | None:
+        """The artifact last committed, or last found fresh, for a subject."""
+        target = self.get_ref(current_ref(kind, subject))
+        return self.artifact(target) if target else None
+
+    def set_current(self, made: Artifact) -> None:
+        """Make a fresh artifact the current one of its subject (after a setting went back to an earlier value)."""
+        self.set_ref(current_ref(made.kind, made.subject), made.id)
+
+    def artifacts(self) -> list[Artifact]:
+        """All artifacts, oldest first."""
+        return self._select()
+
+    def _select(self, *where: Any) -> list[Artifact]:
+        with self._engine.connect() as connection:
+            rows = (
+                connection.execute(sa.select(artifact).where(*where).order_by(artifact.c.created_at)).mappings().all()
+            )
+            ids = [row["id"] for row in rows]
+            inputs: dict[str, list[str]] = {key: [] for key in ids}
+            wanted = sa.select(edge).order_by(edge.c.artifact_id, edge.c.position)
+            for pair in connection.execute(wanted.where(edge.c.artifact_id.in_(ids)) if where else wanted):
+                inputs.setdefault(pair.artifact_id, []).append(pair.input_id)
+        return [_artifact(dict(row), inputs[row["id"]]) for row in rows]
+
+    # Units: what a film's computation has reached, until the film is committed
+
+    def save_unit(self, key: tuple[str, str, str, int], state: str, attempts: int, result: Mapping[str, Any]) -> None:
+        """Record a unit's state (`done`, `failed`) with its result or error."""
+        stage, subject, fingerprint, index = key
+        where = (
+            unit.c.stage == stage,
+            unit.c.subject == subject,
+            unit.c.fingerprint == fingerprint,
+            unit.c.unit_index == index,
+        )
+        values = {"state": state, "attempts": attempts, "result": dict(result), "updated_at": utc_now()}
+        names = {"stage": stage, "subject": subject, "fingerprint": fingerprint, "unit_index": index}
+        with self._engine.begin() as connection:
+            connection.execute(sa.delete(unit).where(*where))
+            connection.execute(sa.insert(unit).values(**names, **values))
+
+    def units(self, stage: str, subject: str, fingerprint: str) -> dict[int, dict[str, Any]]:
+        """Unit index to its row, for one computation."""
+        query = sa.select(unit).where(
+            unit.c.stage == stage, unit.c.subject == subject, unit.c.fingerprint == fingerprint
+        )
+        with self._engine.connect() as connection:
+            return {row["unit_index"]: dict(row) for row in connection.execute(query).mappings()}
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Every unit that failed, newest first."""
+        query = sa.select(unit).where(unit.c.state == "failed").order_by(unit.c.updated_at.desc())
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query).mappings()]
+
+    # Snapshots and refs
+
+    def save_snapshot(self, name: str, artifact_ids: Iterable[str]) -> None:
+        """Name a list of artifacts; a name keeps its first list for ever.
+
+        Raises:
+            CatalogError: The name stands for another list already.
+        """
+        ids = list(artifact_ids)
+        with self._engine.begin() as connection:
+            known = connection.execute(
+                sa.select(snapshot.c.artifact_ids).where(snapshot.c.name == name)
+            ).scalar_one_or_none()
+            if known is None:
+                connection.execute(sa.insert(snapshot).values(name=name, artifact_ids=ids, created_at=utc_now()))
+            elif known != ids:
+                raise CatalogError(f"snapshot '{name}' exists with {len(known)} other artifacts: choose another name")
+
+    def snapshot(self, name: str) -> list[str] | None:
+        """The artifact ids of a snapshot, or None."""
+        with self._engine.connect() as connection:
+            return connection.execute(
+                sa.select(snapshot.c.artifact_ids).where(snapshot.c.name == name)
+            ).scalar_one_or_none()
+
+    def set_ref(self, name: str, target: str) -> None:
+        """Point a name at an artifact or a snapshot."""
+        with self._engine.begin() as connection:
+            _set_ref(connection, name, target)
+
+    def get_ref(self, name: str) -> str | None:
+        """What a name points at, or None."""
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(ref.c.target).where(ref.c.name == name)).scalar_one_or_none()
+
+    # Runs
+
+    def start_run(self, command: str) -> str:
+        """Record that a command started; returns the run's id."""
+        run_id = f"run-{uuid.uuid4().hex[:12]}"
+        with self._engine.begin() as connection:
+            values = {"id": run_id, "command": command, "state": "running", "summary": {}, "started_at": utc_now()}
+            connection.execute(sa.insert(run).values(**values))
+        return run_id
+
+    def end_run(self, run_id: str, state: str, summary: Mapping[str, Any]) -> None:
+        """Record how a command ended (`done`, `failed`, `interrupted`)."""
+        values = {"state": state, "summary": json.loads(json.dumps(summary)), "ended_at": utc_now()}
+        with self._engine.begin() as connection:
+            connection.execute(sa.update(run).where(run.c.id == run_id).values(**values))
+
+
+def current_ref(kind: str, subject: str) -> str:
+    """The name of the ref to a subject's current artifact of a kind."""
+    return f"current/{kind}/{subject}"
+
+
+def _set_ref(connection: sa.Connection, name: str, target: str) -> None:
+    connection.execute(sa.delete(ref).where(ref.c.name == name))
+    connection.execute(sa.insert(ref).values(name=name, target=target, updated_at=utc_now()))
+
+
+def _artifact(row: dict[str, Any], inputs: list[str]) -> Artifact:
+    row.pop("run_id")
+    files = tuple(StoredFile(**entry) for entry in row.pop("files"))
+    return Artifact(files=files, inputs=tuple(inputs), **row)
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _refuse_network_file(path: Path) -> None:
+    """SQLite's locks do not hold on network file systems; two writers there destroy the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mounts = Path("/proc/mounts")
+    if not mounts.is_file():
+        return
+    best, kind = "", ""
+    target = os.path.realpath(path.parent)
+    for line in mounts.read_text().splitlines():
+        _, point, file_system = line.split()[:3]
+        point = point.replace("\\040", " ")
+        if (target == point or target.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
+            best, kind = point, file_system
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise CatalogError(
+            f"the catalog {path} would lie on a {kind} file system, where SQLite's locks do not hold: "
+            "put the workspace on a local disk, or use a Postgres catalog"
+        )

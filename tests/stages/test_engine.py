@@ -1,0 +1,174 @@
+import json
+
+import pytest
+
+from stages.cluster import RayExecutor
+from stages.engine import Engine, InlineExecutor, Work
+from stages.worker import WorkerSettings
+from storage.artifacts import read_rows
+from storage.catalog import Catalog
+from storage.objects import ObjectStore
+from tests.stages.tiny_stages import COUNT, DOUBLE, TOTAL, CountConfig, DoubleConfig, TotalConfig
+
+
+class Bench:
+    """An engine on a fresh workspace, and short ways to run the tiny stages."""
+
+    def __init__(self, folder, executor=None):
+        self.catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite'}")
+        self.store = ObjectStore(str(folder / "objects"))
+        settings = WorkerSettings(self.store.uri, folder / "scratch", None)
+        self.executor = executor(settings) if executor else InlineExecutor(settings)
+        self.engine = Engine(self.catalog, self.store, self.executor)
+
+    def run(self, works):
+        return self.engine.run(works, lambda done, total, message: None)
+
+    def count(self, *films, rows=10):
+        works = [
+            Work(COUNT, CountConfig(rows=rows), f, {}, {}, ({"film_id": f, "uri": f}, f"digest of {f}")) for f in films
+        ]
+        return self.run(works)
+
+    def double(self, counted, **config):
+        return self.run([Work(DOUBLE, DoubleConfig(**config), f, {"count": [a]}, {}) for f, a in counted.done.items()])
+
+
+@pytest.fixture
+def bench(tmp_path):
+    made = Bench(tmp_path)
+    yield made
+    made.catalog.close()
+
+
+@pytest.fixture(scope="module")
+def ray_bench(tmp_path_factory):
+    made = Bench(tmp_path_factory.mktemp("ray"), lambda settings: RayExecutor(settings, None, 2))
+    yield made
+    made.executor.close()
+    made.catalog.close()
+
+
+def test_films_become_artifacts(bench):
+    report = bench.count("a", "b film")
+    doubled = bench.double(report)
+    assert sorted(doubled.done) == ["a", "b film"]
+    artifact = doubled.done["a"]
+    assert artifact.counts == {"ok": 10}
+    assert artifact.inputs == (report.done["a"].id,)
+    assert [r["value"] for r in read_rows(bench.store, artifact.tables)] == [2 * i for i in range(10)]
+
+
+def test_one_bad_film_never_takes_others_with_it(bench):
+    report = bench.count("a", "bad", "half", "b")
+    assert sorted(report.done) == ["a", "b"]
+    assert report.failed == {
+        "bad": "film bad is no film: replace it",
+        "half": "film half is truncated: fetch it again",
+    }
+    assert {a.subject for a in bench.catalog.artifacts()} == {"a", "b"}
+    assert all(not row["result"]["retryable"] for row in bench.catalog.failures())
+
+
+def test_parts_are_units_and_finished_units_are_not_done_again(bench):
+    counted = bench.count("a", rows=600)
+    assert [f.rows for f in counted.done["a"].tables] == [256, 256, 88]
+    work = Work(DOUBLE, DoubleConfig(), "a", {"count": [counted.done["a"]]}, {})
+    bench.double(counted)
+    artifact = bench.catalog.current("double", "a")
+    assert [f.name for f in artifact.tables] == [
+        "part-00000-00000.parquet",
+        "part-00000-00001.parquet",
+        "part-00000-00002.parquet",
+    ]
+    assert artifact.fingerprint == work.recipe.fingerprint
+
+
+def test_interrupted_run_resumes_at_missing_units(bench, tmp_path):
+    counted = bench.count("a", "b")
+    works = [
+        Work(DOUBLE, DoubleConfig(mode=m), f, {"count": [counted.done[f]]}, {})
+        for f, m in (("a", "right"), ("b", "interrupt"))
+    ]
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(works)
+    assert bench.catalog.current("double", "a") is not None
+    assert bench.catalog.current("double", "b") is None
+
+
+def test_skips_are_kept_with_reasons(bench):
+    artifact = bench.double(bench.count("a"), mode="skip").done["a"]
+    assert artifact.counts == {"ok": 5, "skip:odd": 5}
+    rejects = [f for f in artifact.files if f.name.startswith("rejects-")]
+    assert [r["reason"] for r in read_rows(bench.store, rejects)] == ["odd"] * 5
+    assert rejects[0] not in artifact.results
+
+
+def test_a_failed_item_is_kept_and_others_go_on(bench):
+    artifact = bench.double(bench.count("a"), mode="fail_one").done["a"]
+    assert artifact.counts == {"ok": 9, "fail": 1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"), [("forget", "no outcome for 1 items"), ("twice", "outcome for item 0 twice")]
+)
+def test_outcomes_that_are_lost_or_doubled_are_errors(bench, mode, message):
+    report = bench.double(bench.count("a"), mode=mode)
+    assert message in report.failed["a"]
+    assert bench.catalog.current("double", "a") is None
+
+
+def test_neutral_settings_stay_out_of_the_fingerprint(bench):
+    source = ({"film_id": "a"}, "d")
+    prints = {Work(COUNT, CountConfig(batch=b), "a", {}, {}, source).recipe.fingerprint for b in (1, 2)}
+    assert len(prints) == 1
+
+
+def test_job_resumes_from_its_scratch(bench):
+    counted = bench.double(bench.count("a", "b", "c"))
+    inputs = {"double": list(counted.done.values())}
+    work = Work(TOTAL, TotalConfig(stop_at=1), "all", inputs, {})
+    assert "stopped on purpose" in bench.run([work]).failed["all"]
+    artifact = bench.run([work]).done["all"]
+    assert artifact.summary == {"total": 270, "resumed": 1}
+    assert json.loads(bench.store.path(artifact.file("total.json")).read_text()) == {"total": 270}
+
+
+def test_same_work_gives_the_same_digests(tmp_path):
+    digests = []
+    for run in "ab":
+        bench = Bench(tmp_path / run)
+        digests.append(bench.double(bench.count("a")).done["a"].digest)
+        bench.catalog.close()
+    assert digests[0] == digests[1]
+
+
+def test_ray_gives_the_same_digests_as_inline(bench, ray_bench):
+    inline = bench.double(bench.count("a", "b", rows=600))
+    remote = ray_bench.double(ray_bench.count("a", "b", rows=600))
+    assert {s: a.digest for s, a in inline.done.items()} == {s: a.digest for s, a in remote.done.items()}
+
+
+def test_ray_tries_a_dead_workers_unit_again(ray_bench, tmp_path):
+    report = ray_bench.double(ray_bench.count("once"), mode="die_once", marker=str(tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    assert list(report.done) == ["once"]
+
+
+def test_ray_gives_a_unit_up_after_three_deaths(ray_bench):
+    counted = ray_bench.count("dies", "lives")
+    works = [
+        Work(DOUBLE, DoubleConfig(mode=m), f, {"count": [counted.done[f]]}, {})
+        for f, m in (("dies", "die"), ("lives", "slow"))
+    ]
+    report = ray_bench.run(works)
+    assert "killed its worker 3 times" in report.failed["dies"]
+    assert list(report.done) == ["lives"]
+
+
+def test_ray_shows_progress_of_a_running_unit(ray_bench):
+    counted = ray_bench.count("slow")
+    seen = []
+    work = Work(DOUBLE, DoubleConfig(mode="slow"), "slow", {"count": [counted.done["slow"]]}, {})
+    ray_bench.engine.run([work], lambda done, total, message: seen.append(done))
+    assert any(0 < done < 10 for done in seen)
