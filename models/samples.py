@@ -1,6 +1,7 @@
 """Samples of a training shard, read with webdataset.
 
-Only the member names that this project writes are decoded; anything else in a tar stays bytes, so no member can run code.
+Only the member names that this project writes are decoded; anything else in a tar stays bytes, so that no member
+can run code.
 """
 
 import io
@@ -14,7 +15,7 @@ import numpy as np
 
 os.environ.setdefault("WDS_SECURE", "1")  # no `pipe:` URLs, no pickles: read before webdataset is imported
 
-import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 
 def read_samples(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
@@ -27,12 +28,11 @@ def read_samples(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
         A dict with `__key__`, `jpg` (bytes), `json` (dict), `faces.npy` (float32 [face, width]), `identities.npy`
         (float32 [face, width]) and `person0.jpg` ... (bytes).
     """
-    urls = [str(path) for path in paths]
-    if not urls:
-        return
-    dataset = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-    for sample in dataset:
-        yield {name: _decode(name, value) for name, value in sample.items()}
+    for path in paths:
+        with Path(path).open("rb") as stream:
+            members = tar_file_expander([{"url": str(path), "stream": stream}])
+            for sample in group_by_keys(members):
+                yield {name: _decode(name, value) for name, value in sample.items() if name != "__url__"}
 
 
 def _decode(name: str, value: Any) -> Any:

@@ -1,0 +1,145 @@
+"""Scripts: the captions of a keyframe and of its persons fused into characters, scene elements and plot.
+
+The paper asks a large language model for it (appendix B, figures 14 and 15). `rules` sorts the captions' sentences by
+their words and writes none of its own, so every sentence of a script can be found in the captions.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from models.script import MAX_CHARACTERS, MAX_SENTENCES, Character, FrameScript, name_character
+from stages.spec import Fail, Ok, Outcome, Row, StageConfig, StageSpec
+
+
+class ScriptsConfig(StageConfig):
+    """Settings of the scripts."""
+
+    fuser: Literal["rules"] = Field("rules", description="What fuses the captions: rules that sort their sentences.")
+    max_characters: int = Field(MAX_CHARACTERS, ge=1, le=MAX_CHARACTERS, description="Characters of a keyframe.")
+    max_sentences: int = Field(
+        MAX_SENTENCES, ge=MAX_CHARACTERS, le=MAX_SENTENCES, description="Sentences of a keyframe, all parts together."
+    )
+
+
+SPEC = StageSpec(
+    name="scripts",
+    version=1,
+    implementation="stages.scripts:Scripts",
+    inputs=("keyframes", "captions"),
+    output="scripts",
+    schema=pa.schema(
+        [
+            ("film_id", pa.string()),
+            ("frame_index", pa.int64()),
+            ("time_s", pa.float64()),
+            ("shot_index", pa.int32()),
+            ("script", pa.string()),
+        ]
+    ),
+    description="captions fused into characters, scene elements and plot",
+)
+
+
+class Scripts:
+    """Writes the script of each keyframe; see the module's text."""
+
+    def __init__(self, config: ScriptsConfig, weights_dir: Path | None = None) -> None:
+        self.config = config
+
+    def __call__(self, *, keyframes: list[Row], captions: list[Row]) -> Iterator[Outcome]:
+        """Yield one outcome for each keyframe."""
+        captions_of: dict[int, list[Row]] = {}
+        for row in captions:
+            captions_of.setdefault(row["frame_index"], []).append(row)
+        for keyframe in keyframes:
+            item = SPEC.item_of(keyframe)
+            rows = captions_of.get(keyframe["frame_index"], [])
+            if not rows:
+                yield Fail(item, f"film {keyframe['film_id']}, keyframe {item}: it has no caption: redo its captions")
+                continue
+            script = fuse_captions(rows, self.config.max_characters, self.config.max_sentences)
+            kept = {name: keyframe[name] for name in ("film_id", "frame_index", "time_s", "shot_index")}
+            yield Ok(item, [kept | {"script": script.model_dump_json()}])
+
+
+# Words of sentences that say where somebody is, what somebody does, or what changes.
+_PLOT = re.compile(
+    r"\b(is (far )?on the (left|right)|is in the centre|to the (left|right)( of)?|faces the camera|turned|tilted"
+    r"|moves|changes|still|begins)\b"
+)
+
+
+def is_plot(sentence: str) -> bool:
+    """Whether a sentence tells of place, direction or motion; the others describe looks."""
+    return _PLOT.search(sentence) is not None
+
+
+def fuse_captions(captions: list[Row], max_characters: int, max_sentences: int) -> FrameScript:
+    """Sort the sentences of one keyframe's captions into a script.
+
+    Identified characters come first, by character_index, then the others by person_index. Sentences about place,
+    direction and motion go to the plot; a character without any other sentence keeps its first. Where there are too
+    many, the parts take turns, each giving its first sentences.
+    """
+    persons = [row for row in captions if row["target"] == "person" and row["sentences"]]
+    persons = sorted(persons, key=_rank)[:max_characters]
+    scene: list[str] = []
+    plot: list[str] = []
+    descriptions: list[list[str]] = []
+    for row in captions:
+        if row["target"] == "keyframe":
+            _sort(row["sentences"], scene, plot)
+    for row in persons:
+        looks: list[str] = []
+        acts: list[str] = []
+        _sort(row["sentences"], looks, acts)
+        descriptions.append(looks or [acts.pop(0)])
+        plot += acts
+    *kept, kept_scene, kept_plot = _share_out([*descriptions, scene, plot], max_sentences)
+    names = _name_persons(persons)
+    return FrameScript(
+        characters=[
+            Character(identity=name, character_index=row["character_index"], description=description)
+            for name, row, description in zip(names, persons, kept, strict=True)
+        ],
+        scene_elements=kept_scene,
+        plot=kept_plot,
+    )
+
+
+def _rank(row: Row) -> tuple[bool, int, int]:
+    character = row["character_index"]
+    return character is None, -1 if character is None else character, row["person_index"]
+
+
+def _sort(sentences: list[str], looks: list[str], acts: list[str]) -> None:
+    for sentence in sentences:
+        (acts if is_plot(sentence) else looks).append(sentence)
+
+
+def _share_out(parts: list[list[str]], budget: int) -> list[list[str]]:
+    """The first sentences of each part, in turns, until the budget is spent."""
+    counts = [0] * len(parts)
+    for turn in range(max(len(part) for part in parts)):
+        for index, part in enumerate(parts):
+            if turn < len(part) and sum(counts) < budget:
+                counts[index] += 1
+    return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+
+def _name_persons(persons: list[Row]) -> list[str]:
+    """Identities: "Person 3" of the film, or "Unidentified person", numbered where there are several."""
+    names = []
+    unknown = [row["person_index"] for row in persons if row["character_index"] is None]
+    for row in persons:
+        if row["character_index"] is not None:
+            names.append(name_character(row["character_index"]))
+        else:
+            number = unknown.index(row["person_index"]) + 1
+            names.append("Unidentified person" if len(unknown) == 1 else f"Unidentified person {number}")
+    return names
