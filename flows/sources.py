@@ -12,7 +12,10 @@ from storage.catalog import Catalog
 from storage.errors import CatalogError
 from storage.objects import digest_file
 
-FILM_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .flv .ts .m2ts .mts .mpg .mpeg .wmv .ogv .3gp".split())
+FILM_SUFFIXES = {
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".m2ts", ".mts",
+    ".mpg", ".mpeg", ".wmv", ".ogv", ".3gp",
+}  # fmt: skip
 CATALOGUE_SUFFIXES = {".csv", ".parquet"}
 MISSING_VALUES = ("", None)
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from stages.errors import MissingInputError
@@ -15,7 +15,7 @@ from stages.spec import StageConfig, StageSpec
 from stages.worker import Unit, UnitResult, Worker, WorkerSettings
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, read_rows
 from storage.catalog import Catalog
-from storage.objects import ObjectStore
+from storage.objects import ObjectStore, StoredFile
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Engine:
         if work.source:
             return [Unit(work.subject, 0, fingerprint, {}, (work.source[0],))]
         if work.spec.schema is None:
-            files = {role: tuple(f for a in artifacts for f in a.results) for role, artifacts in work.inputs.items()}
+            files = {role: _named(artifacts) for role, artifacts in work.inputs.items()}
             return [Unit(work.subject, 0, fingerprint, files)]
         files = {role: tuple(f for a in artifacts for f in a.tables) for role, artifacts in work.inputs.items()}
         first = work.spec.inputs[0]
@@ -227,3 +227,8 @@ class _Pending:
     work: Work
     units: list[Unit]
     results: dict[int, UnitResult] = field(default_factory=dict)
+
+
+def _named(artifacts: Sequence[Artifact]) -> tuple[StoredFile, ...]:
+    """The files of a role of a job, each under the number of its artifact, because artifacts share file names."""
+    return tuple(replace(f, name=f"{i:05d}/{f.name}") for i, a in enumerate(artifacts) for f in a.results)

@@ -131,15 +131,28 @@ class Worker:
     ) -> tuple[list[StoredFile], Counter, dict]:
         scratch = self._settings.scratch / f"{spec.name}-{unit.fingerprint[:16]}"
         scratch.mkdir(parents=True, exist_ok=True)
-        inputs = {role: [self._store.path(f) for f in files] for role, files in unit.inputs.items()}
         with tempfile.TemporaryDirectory(dir=scratch.parent, prefix=f"{spec.name}-") as folder:
-            summary = job(inputs, Path(folder), scratch, progress)
-            paths = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+            inputs = self._link_inputs(unit, Path(folder))
+            out = Path(folder, "out")
+            out.mkdir()
+            summary = job(inputs, out, scratch, progress)
+            paths = sorted(p for p in out.rglob("*") if p.is_file())
             if not paths:
                 raise StageError(f"{spec.name} wrote no file")
-            files = [self._store.put(path, path.relative_to(folder).as_posix()) for path in paths]
+            files = [self._store.put(path, path.relative_to(out).as_posix()) for path in paths]
         shutil.rmtree(scratch)
         return files, Counter(ok=1), summary
+
+    def _link_inputs(self, unit: Unit, folder: Path) -> dict[str, list[Path]]:
+        """Give a job its input files under their own names."""
+        inputs: dict[str, list[Path]] = {}
+        for role, files in unit.inputs.items():
+            for stored in files:
+                link = folder / "in" / role / stored.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(self._store.path(stored))
+                inputs.setdefault(role, []).append(link)
+        return inputs
 
     def _run_items(
         self, spec: StageSpec, stage: Any, unit: Unit, progress: Progress

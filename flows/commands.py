@@ -1,0 +1,140 @@
+"""What each command does, as a walk over a pipeline: the same walk plans and computes."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flows.generate import NEWEST_STORY, make_movie, register_references, register_story, retell_films
+from flows.ingest import NEWEST_SNAPSHOT, ingest_films, pack_shards
+from flows.pipeline import Pipeline, Workspace
+from flows.sources import Film, expand, resolve
+from flows.train import adopt_snapshot, train_models
+from stages.errors import FilmError, MissingInputError
+from storage.artifacts import Artifact
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command was asked for.
+
+    Attributes:
+        command: `run`, `ingest`, `train`, `generate` or `evaluate`.
+        films: Files, folders, URLs or catalogues, for `run` and `ingest`.
+        story: A story file, for `generate` and, if given, `run`.
+        out: Where the movie goes.
+        references: Pictures whose style and people a generation follows (few-shot).
+    """
+
+    command: str
+    films: tuple[str, ...] = ()
+    story: Path | None = None
+    out: Path | None = None
+    references: tuple[Path, ...] = ()
+
+
+@dataclass
+class Walked:
+    """What came of a walk, for the caller to print."""
+
+    pipeline: Pipeline
+    movie: Path | None = None
+    stages: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        pipeline = self.pipeline
+        return {
+            "fresh": pipeline.fresh,
+            "computed": {r.stage: len(r.done) for r in pipeline.reports},
+            "failed": [
+                {"subject": subject, "stage": stage, "error": error}
+                for subject, (stage, error) in sorted(pipeline.failed.items())
+            ],
+            "movie": str(self.movie) if self.movie else None,
+        }
+
+
+def walk(pipeline: Pipeline, request: Request) -> Walked:
+    """Take a pipeline through everything that a command asks for.
+
+    Raises:
+        UsageError: A film or story named in the request cannot be used at all.
+        MissingInputError: An earlier command has to come first.
+    """
+    walked = Walked(pipeline)
+    snapshot: str | None = None
+    film_ids: list[str] = []
+    if request.command in ("run", "ingest"):
+        film_ids, snapshot = _walk_films(pipeline, request.films)
+    if request.command in ("train", "generate", "evaluate"):
+        snapshot = _adopt_newest(pipeline)
+    if request.command != "ingest" and snapshot is not None:
+        train_models(pipeline, snapshot)
+    if request.command in ("run", "generate", "evaluate") and snapshot is not None:
+        story = _choose_story(pipeline, request, film_ids)
+        if story is not None:
+            register_references(pipeline, story, request.references)
+            make_movie(pipeline, story, snapshot)
+            walked.movie = _deliver(pipeline, pipeline.get("movie", story), request.out)
+    return walked
+
+
+def _walk_films(pipeline: Pipeline, names: tuple[str, ...]) -> tuple[list[str], str | None]:
+    workspace = pipeline.workspace
+    films: list[Film] = []
+    for source in expand(names):
+        try:
+            films.append(resolve(source, workspace.catalog, workspace.folder / "cache"))
+        except FilmError as error:
+            pipeline.failed[source.film_id] = ("source", str(error))
+    ingest_films(pipeline, films)
+    splits = {row["film_id"]: row["split"] for row in workspace.catalog.films()}
+    return [film.film_id for film in films], pack_shards(pipeline, splits)
+
+
+def _adopt_newest(pipeline: Pipeline) -> str:
+    snapshot = pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT)
+    if snapshot is None or not adopt_snapshot(pipeline, snapshot):
+        raise MissingInputError(
+            f"workspace {pipeline.workspace.folder} holds no films yet: run `moviedreamer ingest FILM...` first"
+        )
+    return snapshot
+
+
+def _choose_story(pipeline: Pipeline, request: Request, film_ids: list[str]) -> str | None:
+    if request.story is not None:
+        return register_story(pipeline, request.story)
+    if request.command == "run":
+        return retell_films(pipeline, film_ids)
+    story = pipeline.workspace.catalog.get_ref(NEWEST_STORY)
+    artifact = pipeline.workspace.catalog.current("story", story) if story else None
+    if artifact is None:
+        raise MissingInputError("nothing was generated yet: run `moviedreamer generate STORY.json` first")
+    pipeline.adopt(artifact)
+    return artifact.subject
+
+
+def _deliver(pipeline: Pipeline, movie: Artifact | None, out: Path | None) -> Path | None:
+    """Copy the movie to where the user wants it."""
+    if movie is None:
+        return None
+    source = pipeline.workspace.store.path(movie.file("movie.mp4"))
+    if out is None:
+        return source
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not out.is_file() or out.stat().st_size != source.stat().st_size or out.read_bytes() != source.read_bytes():
+        temporary = out.with_name(f".{out.name}.part")
+        shutil.copyfile(source, temporary)
+        temporary.replace(out)
+    return out
+
+
+def evaluation_rows(workspace: Workspace) -> list[dict[str, Any]]:
+    """The numbers of the newest evaluation."""
+    story = workspace.catalog.get_ref(NEWEST_STORY)
+    artifact = workspace.catalog.current("evaluation", story) if story else None
+    if artifact is None:
+        return []
+    return json.loads(workspace.store.path(artifact.file("evaluation.json")).read_text())

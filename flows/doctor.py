@@ -1,0 +1,75 @@
+"""What this machine has, what a profile needs, what is missing and how to get it."""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from flows.profile import ExplainedProfile
+from models.weights import TABLE, missing_files
+
+MIN_FREE_BYTES = 5 * 2**30
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "prefect",
+    "ray",
+    "webdataset",
+    "pyarrow",
+    "av",
+    "onnxruntime",
+    "dlib-bin",
+)
+
+
+def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
+    """One row a check: `check, ok, found, remedy`."""
+    settings = ExplainedProfile(profile).profile
+    rows = [
+        _row("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or later"),
+        _row("cores", True, str(len(os.sched_getaffinity(0))), ""),
+        _disk(workspace),
+    ]
+    rows += [_package(name) for name in PACKAGES]
+    rows.append(_row("accelerator", True, _accelerator(), ""))
+    for name in settings.weights():
+        missing = missing_files(name, settings.engine.weights_dir)
+        found = "missing" if missing else "present"
+        rows.append(_row(f"weights {name}", not missing, f"{found} ({TABLE[name].licence})", _pull(name)))
+    server = os.environ.get("PREFECT_API_URL", "none: a temporary one is started for each run")
+    rows.append(_row("prefect server", True, server.rpartition("@")[2], ""))
+    return rows
+
+
+def _row(check: str, ok: bool, found: str, remedy: str) -> dict[str, Any]:
+    return {"check": check, "ok": ok, "found": found, "remedy": "" if ok else remedy}
+
+
+def _pull(name: str) -> str:
+    return f"moviedreamer weights pull {name}"
+
+
+def _disk(workspace: Path) -> dict[str, Any]:
+    folder = next(p for p in (workspace.absolute(), *workspace.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    writable = os.access(folder, os.W_OK)
+    found = f"{free / 2**30:.1f} GiB free at {folder}" + ("" if writable else ", not writable")
+    remedy = f"free some space (at least {MIN_FREE_BYTES // 2**30} GiB) or choose another --workspace"
+    return _row("disk", free >= MIN_FREE_BYTES and writable, found, remedy)
+
+
+def _package(name: str) -> dict[str, Any]:
+    try:
+        return _row(name, True, importlib.metadata.version(name), "")
+    except importlib.metadata.PackageNotFoundError:
+        return _row(name, False, "missing", "install the project again: make setup")
+
+
+def _accelerator() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: everything runs on the CPU"

@@ -1,0 +1,146 @@
+"""A story in, a movie out: dream the tokens, render the pictures, animate the movie, evaluate."""
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flows.pipeline import Pipeline
+from models.script import Story, load_story
+from stages import animate, dream, evaluate, render
+from stages.errors import StoryError
+from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, read_rows
+
+NEWEST_STORY = "story/newest"
+RETOLD = "retold"
+
+
+def register_story(pipeline: Pipeline, path: Path) -> str:
+    """Keep a story and the face pictures it names as an artifact; returns its subject.
+
+    Raises:
+        ScriptError: The story cannot be used.
+    """
+    story = load_story(path)
+    subject = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "story"
+    values = story.model_dump(mode="json")
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = []
+        for character in values["characters"]:
+            if character.get("face"):
+                picture = path.parent / character["face"]
+                character["face"] = f"face-{len(pictures):03d}{picture.suffix}"
+                pictures.append(picture)
+        return _keep_story(pipeline, subject, values, pictures, Path(folder))
+
+
+def retell_films(pipeline: Pipeline, film_ids: list[str]) -> str | None:
+    """Make up a story from the films' own scripts: a few scenes, each a run of neighbouring keyframes of one shot.
+
+    Returns:
+        The story's subject, or None where no film has a script.
+    """
+    settings = pipeline.profile.generate
+    scenes = [scene for film_id in film_ids for scene in _scenes(pipeline, film_id, settings.frames_per_scene)]
+    chosen = _spread(scenes, settings.scenes)
+    if not chosen:
+        return None
+    characters: dict[str, dict[str, Any]] = {}
+    frames = []
+    for shot, (film_id, rows) in enumerate(chosen):
+        for row in rows:
+            script = json.loads(row["script"])
+            for character in script["characters"]:
+                name = f"{character['identity']} of {film_id}"
+                known = character.get("character_index") is not None
+                characters.setdefault(
+                    name,
+                    {"identity": name, "description": character["description"]}
+                    | ({"film": film_id, "character_index": character["character_index"]} if known else {}),
+                )
+                character["identity"] = name
+                character["character_index"] = None
+            frames.append(script | {"shot": shot})
+    story = {"title": "Retold from the films' own scripts", "characters": list(characters.values()), "frames": frames}
+    values = Story.model_validate(story).model_dump(mode="json")
+    with tempfile.TemporaryDirectory() as folder:
+        return _keep_story(pipeline, RETOLD, values, [], Path(folder))
+
+
+def _scenes(pipeline: Pipeline, film_id: str, frames: int) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The first keyframes of each shot of a film, with their scripts."""
+    scripts = pipeline.get("scripts", film_id)
+    if scripts is None:
+        return []
+    shots: dict[int, list[dict[str, Any]]] = {}
+    for row in read_rows(pipeline.workspace.store, scripts.tables):
+        shots.setdefault(row["shot_index"], []).append(row)
+    return [
+        (film_id, rows[:frames]) for _, rows in sorted(shots.items()) if json.loads(rows[0]["script"])["scene_elements"]
+    ]
+
+
+def _spread(scenes: list[Any], count: int) -> list[Any]:
+    """`count` scenes, evenly spread over all."""
+    if len(scenes) <= count:
+        return scenes
+    return [scenes[i * len(scenes) // count] for i in range(count)]
+
+
+def _keep_story(pipeline: Pipeline, subject: str, values: dict[str, Any], pictures: list[Path], folder: Path) -> str:
+    path = folder / "story.json"
+    path.write_text(json.dumps(values, indent=1, sort_keys=True))
+    named = [("story.json", path), *((f"face-{i:03d}{p.suffix}", p) for i, p in enumerate(pictures))]
+    _keep_files(pipeline, "story", subject, named)
+    return subject
+
+
+def register_references(pipeline: Pipeline, subject: str, pictures: Sequence[Path]) -> None:
+    """Keep the reference pictures of a few-shot generation as an artifact.
+
+    Raises:
+        StoryError: A picture is not there.
+    """
+    for picture in pictures:
+        if not picture.is_file():
+            raise StoryError(f"reference picture {picture} does not exist: correct the path")
+    if pictures:
+        named = [(f"reference-{i:03d}{p.suffix}", p) for i, p in enumerate(pictures)]
+        _keep_files(pipeline, "references", subject, named)
+
+
+def _keep_files(pipeline: Pipeline, kind: str, subject: str, named: Sequence[tuple[str, Path]]) -> None:
+    """Commit what the user brought: an artifact whose recipe is its own content."""
+    catalog = pipeline.workspace.catalog
+    files = tuple(pipeline.workspace.store.put(path, name) for name, path in named)
+    digest = content_digest(files)
+    recipe = Recipe(kind, 1, {}, {}, {kind: [digest]})
+    artifact = catalog.find(kind, subject, recipe.fingerprint)
+    if artifact is None:
+        made = artifact_id(kind, subject, recipe.fingerprint)
+        artifact = catalog.commit(
+            Artifact(made, kind, subject, recipe.fingerprint, digest, {**recipe.__dict__}, files, inputs=())
+        )
+    pipeline.adopt(artifact)
+
+
+def make_movie(pipeline: Pipeline, story: str, snapshot: str) -> None:
+    """Dream, render, animate and evaluate a story with the models of a snapshot."""
+    catalog = pipeline.workspace.catalog
+    for spec in (dream.SPEC, render.SPEC, animate.SPEC, evaluate.SPEC):
+        inputs = {kind: _inputs(pipeline, kind, story, snapshot) for kind in spec.inputs}
+        if all(inputs.values()):
+            optional = {"references": _inputs(pipeline, "references", story, snapshot)} if spec is dream.SPEC else {}
+            inputs |= {kind: artifacts for kind, artifacts in optional.items() if artifacts}
+            pipeline.step(spec, [pipeline.work(spec, story, inputs)])
+    if pipeline.runner is not None and catalog.get_ref(NEWEST_STORY) != story:
+        catalog.set_ref(NEWEST_STORY, story)
+
+
+def _inputs(pipeline: Pipeline, kind: str, story: str, snapshot: str) -> list[Artifact]:
+    if kind == "shards":
+        return pipeline.all("shards")
+    found = pipeline.get(kind, story) or pipeline.get(kind, snapshot)
+    return [found] if found else []

@@ -1,0 +1,95 @@
+"""The commands as Prefect flows. Each call computes what the catalog does not have yet, and nothing else."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.commands import Request, Walked, walk
+from flows.pipeline import Pipeline, Workspace, open_executor
+from flows.profile import ExplainedProfile
+from flows.tasks import make_runner
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def running(request: Request, profile: str, workspace: str, settings: list[str]) -> Iterator[Pipeline]:
+    """A pipeline that computes, with its workers, noted as a run in the catalog."""
+    explained = ExplainedProfile(profile, tuple(settings))
+    opened = Workspace.open(Path(workspace))
+    run_id = opened.catalog.start_run(request.command)
+    state, pipeline = "failed", Pipeline(opened, explained.profile)
+    executor = open_executor(opened, explained.profile)
+    try:
+        pipeline.runner = make_runner(opened, executor, run_id)
+        yield pipeline
+        state = "done"
+    except KeyboardInterrupt:
+        state = "interrupted"
+        raise
+    finally:
+        opened.catalog.end_run(run_id, state, Walked(pipeline).summary())
+        if close := getattr(executor, "close", None):
+            close()
+        opened.catalog.close()
+
+
+def _perform(request: Request, profile: str, workspace: str, settings: list[str]) -> dict[str, Any]:
+    with running(request, profile, workspace, settings) as pipeline:
+        return walk(pipeline, request).summary()
+
+
+@flow(name="run", validate_parameters=True)
+def run(
+    films: list[str],
+    profile: str = "embedded",
+    workspace: str = "./workspace",
+    settings: list[str] | None = None,
+    story: str | None = None,
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Films in, a movie out: ingest, train, generate, evaluate."""
+    request = Request("run", tuple(films), Path(story) if story else None, Path(out) if out else None)
+    return _perform(request, profile, workspace, settings or [])
+
+
+@flow(name="ingest", validate_parameters=True)
+def ingest(
+    films: list[str], profile: str = "embedded", workspace: str = "./workspace", settings: list[str] | None = None
+) -> dict[str, Any]:
+    """Films in, a snapshot of training shards out."""
+    return _perform(Request("ingest", tuple(films)), profile, workspace, settings or [])
+
+
+@flow(name="train", validate_parameters=True)
+def train(
+    profile: str = "embedded", workspace: str = "./workspace", settings: list[str] | None = None
+) -> dict[str, Any]:
+    """Train every model on the newest snapshot."""
+    return _perform(Request("train"), profile, workspace, settings or [])
+
+
+@flow(name="generate", validate_parameters=True)
+def generate(
+    story: str,
+    out: str = "movie.mp4",
+    references: list[str] | None = None,
+    profile: str = "embedded",
+    workspace: str = "./workspace",
+    settings: list[str] | None = None,
+) -> dict[str, Any]:
+    """A story in, a movie out."""
+    request = Request("generate", story=Path(story), out=Path(out), references=tuple(map(Path, references or ())))
+    return _perform(request, profile, workspace, settings or [])
+
+
+@flow(name="evaluate", validate_parameters=True)
+def evaluate(
+    profile: str = "embedded", workspace: str = "./workspace", settings: list[str] | None = None
+) -> dict[str, Any]:
+    """Score the newest generation and the models behind it."""
+    return _perform(Request("evaluate"), profile, workspace, settings or [])

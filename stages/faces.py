@@ -1,0 +1,192 @@
+"""Finds the faces of each keyframe, matches each to its person, and embeds it twice.
+
+A face is aligned by five landmarks. The conditioning embedding is what the story model and the renderer are given; the
+identity embedding tells one person from another and serves the identities stage and the evaluation.
+
+Source: paper section 3.3 and appendix B, which take FaRL for the embedding that conditions.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from stages.spec import Fail, Ok, Outcome, Row, Skip, StageConfig, StageSpec
+
+
+class FacesConfig(StageConfig):
+    """Settings of the faces stage."""
+
+    detector: Literal["centerface"] = Field("centerface", description="face detector with five landmarks")
+    min_score: float = Field(0.5, ge=0, le=1, description="score from which a detection counts")
+    min_face_px: float = Field(16, gt=0, description="shorter side of the smallest face, in keyframe pixels")
+    max_faces: int = Field(10, ge=1, description="faces kept in a keyframe, highest score first")
+    conditioning: Literal["dinov2"] = Field("dinov2", description="embedder whose vector conditions the models")
+    identity: Literal["dlib"] = Field("dlib", description="embedder whose distances tell persons apart")
+    jpeg_quality: int = Field(95, ge=1, le=100, description="quality of the stored aligned faces")
+
+    def weights(self) -> tuple[str, ...]:
+        """Weights of the detector and both embedders."""
+        return "centerface", "dinov2_small", "dlib_face"
+
+
+SPEC = StageSpec(
+    name="faces",
+    version=1,
+    implementation="stages.faces:Faces",
+    inputs=("keyframes", "people"),
+    output="faces",
+    schema=pa.schema(
+        [
+            ("film_id", pa.string()),
+            ("frame_index", pa.int64()),
+            ("face_index", pa.int32()),
+            ("person_index", pa.int32()),
+            ("x0", pa.float32()),
+            ("y0", pa.float32()),
+            ("x1", pa.float32()),
+            ("y1", pa.float32()),
+            ("score", pa.float32()),
+            ("landmarks", pa.list_(pa.float32())),
+            ("sharpness", pa.float32()),
+            ("embedding", pa.list_(pa.float32())),
+            ("identity", pa.list_(pa.float32())),
+            ("jpeg", pa.binary()),
+        ]
+    ),
+    description="aligned faces with a conditioning and an identity embedding",
+)
+
+_HELD = 0.6
+"""A face belongs to a person only when at least this part of it lies in the person's box."""
+
+_EMBEDDED_SIDE_PX = 112
+
+
+class Faces:
+    """Detects, matches, aligns and embeds faces; see the module's first lines."""
+
+    def __init__(self, config: FacesConfig, weights_dir: Path | None = None) -> None:
+        from models.face_detector import CenterFace
+        from models.face_embedder import DlibFace
+        from models.image_encoder import DinoV2
+
+        self.config = config
+        self._detector = CenterFace(weights_dir)
+        self._identity = DlibFace(weights_dir)
+        self._conditioning = DinoV2(weights_dir)
+
+    def __call__(self, *, keyframes: list[Row], people: list[Row]) -> Iterator[Outcome]:
+        """One outcome a keyframe: its faces, `no_face`, or a failure where its JPEG cannot be read."""
+        people_of: dict[int, list[Row]] = {}
+        for person in people:
+            people_of.setdefault(person["frame_index"], []).append(person)
+        for keyframe in keyframes:
+            yield self._look_at(keyframe, people_of.get(keyframe["frame_index"], []))
+
+    def _look_at(self, keyframe: Row, people: list[Row]) -> Outcome:
+        from models.face_embedder import align_face
+
+        item = SPEC.item_of(keyframe)
+        image = _decode_jpeg(keyframe["jpeg"])
+        if image is None:
+            size = len(keyframe["jpeg"] or b"")
+            return Fail(item, f"keyframe {item}: its JPEG of {size} bytes cannot be read; redo the keyframes stage")
+        faces = self._detector.detect(image, self.config.min_score)
+        large = np.flatnonzero((faces.boxes[:, 2:] - faces.boxes[:, :2]).min(axis=1) >= self.config.min_face_px)
+        kept = large[: self.config.max_faces]
+        if not len(kept):
+            return Skip(item, "no_face")
+        boxes, landmarks = faces.boxes[kept], faces.landmarks[kept]
+        chips = [align_face(image, points) for points in landmarks]
+        columns = zip(
+            match_people(boxes, people),
+            boxes,
+            faces.scores[kept],
+            landmarks,
+            chips,
+            self.embed(chips),
+            self._identity.embed(chips),
+            strict=True,
+        )
+        return Ok(item, [self._row(keyframe, i, *face) for i, face in enumerate(columns)])
+
+    def embed(self, chips: list[np.ndarray]) -> np.ndarray:
+        """Conditioning embeddings of aligned RGB faces: float32 (face, 384), each of length 1."""
+        import cv2
+        import torch
+
+        side = _EMBEDDED_SIDE_PX
+        pixels = np.stack([cv2.resize(chip, (side, side), interpolation=cv2.INTER_AREA) for chip in chips])
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+        return torch.nn.functional.normalize(self._conditioning.encode(images).mean(dim=1), dim=-1).numpy()
+
+    def _row(
+        self,
+        keyframe: Row,
+        index: int,
+        person_index: int | None,
+        box: np.ndarray,
+        score: float,
+        landmarks: np.ndarray,
+        chip: np.ndarray,
+        embedding: np.ndarray,
+        identity: np.ndarray,
+    ) -> dict[str, Any]:
+        from models.face_embedder import measure_sharpness
+
+        return {
+            "film_id": keyframe["film_id"],
+            "frame_index": keyframe["frame_index"],
+            "face_index": index,
+            "person_index": person_index,
+            **{name: float(side) for name, side in zip(("x0", "y0", "x1", "y1"), box, strict=True)},
+            "score": float(score),
+            "landmarks": landmarks.ravel().tolist(),
+            "sharpness": measure_sharpness(chip),
+            "embedding": embedding.tolist(),
+            "identity": identity.tolist(),
+            "jpeg": _encode_jpeg(chip, self.config.jpeg_quality),
+        }
+
+
+def match_people(faces: np.ndarray, people: list[Row]) -> list[int | None]:
+    """The `person_index` of each face (face, 4), or None: at most one face a person, best in all.
+
+    A face must lie in the person's box; of several that do, the one nearest to where a head is wins: the middle of the
+    box's upper edge.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    from models.regions import contained
+
+    matches: list[int | None] = [None] * len(faces)
+    if not people:
+        return matches
+    boxes = np.array([[person[side] for side in ("x0", "y0", "x1", "y1")] for person in people])
+    held = contained(faces, boxes)
+    head = np.stack([(boxes[:, 0] + boxes[:, 2]) / 2, boxes[:, 1]], axis=1)
+    centre = (faces[:, None, :2] + faces[:, None, 2:]) / 2
+    away = np.linalg.norm((centre - head) / (boxes[:, 2:] - boxes[:, :2]), axis=-1)
+    gain = np.where(held >= _HELD, held + 2 - np.minimum(away, 1), 0)
+    for face, person in zip(*linear_sum_assignment(gain, maximize=True), strict=True):
+        if gain[face, person] > 0:
+            matches[face] = int(people[person]["person_index"])
+    return matches
+
+
+def _decode_jpeg(jpeg: bytes | None) -> np.ndarray | None:
+    """An RGB uint8 picture, or None where the bytes are no picture."""
+    import cv2
+
+    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
+
+
+def _encode_jpeg(image: np.ndarray, quality: int) -> bytes:
+    import cv2
+
+    _, data = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return data.tobytes()

@@ -1,0 +1,156 @@
+"""Finds the persons of each keyframe: box, score and mask, at most five, highest score first.
+
+A person detector looks at the keyframe; a face that none of its boxes holds adds a box for the body that belongs to it.
+The mask tells the person's pixels from the rest of the box.
+
+Source: paper appendix B, which takes Grounding DINO with the prompt "person" and at most five persons a keyframe.
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from stages.spec import Fail, Ok, Outcome, Row, Skip, StageConfig, StageSpec
+
+
+class PeopleConfig(StageConfig):
+    """Settings of the people stage."""
+
+    detector: Literal["ssdlite"] = Field("ssdlite", description="person detector; ssdlite takes no prompt")
+    prompt: str = Field("person", min_length=1, description="what a detector that takes a text prompt looks for")
+    max_people: int = Field(5, ge=1, description="persons kept in a keyframe, highest score first")
+    min_score: float = Field(0.35, ge=0, le=1, description="score from which a detection counts")
+    masks: Literal["selfie_segmentation"] = Field("selfie_segmentation", description="model of the person masks")
+    faces: Literal["centerface"] = Field("centerface", description="detector of faces that no person box holds")
+    min_face_score: float = Field(0.5, ge=0, le=1, description="score from which such a face adds a person")
+    min_face_share: float = Field(
+        0.08, ge=0, le=1, description="shorter side of such a face at least, as a part of the picture's shorter side"
+    )
+
+    def weights(self) -> tuple[str, ...]:
+        """Weights of the detector, the masks and the faces."""
+        return "ssdlite_person", "selfie_segmentation", "centerface"
+
+
+SPEC = StageSpec(
+    name="people",
+    version=1,
+    implementation="stages.people:People",
+    inputs=("keyframes",),
+    output="people",
+    schema=pa.schema(
+        [
+            ("film_id", pa.string()),
+            ("frame_index", pa.int64()),
+            ("person_index", pa.int32()),
+            ("x0", pa.float32()),
+            ("y0", pa.float32()),
+            ("x1", pa.float32()),
+            ("y1", pa.float32()),
+            ("score", pa.float32()),
+            ("source", pa.string()),
+            ("mask_png", pa.binary()),
+        ]
+    ),
+    description="boxes, scores and masks of the persons in keyframes",
+)
+
+_HELD = 0.6
+"""A person box holds a face when at least this part of the face lies in it."""
+
+
+class People:
+    """Detects persons; see the module's first lines."""
+
+    def __init__(self, config: PeopleConfig, weights_dir: Path | None = None) -> None:
+        from models.face_detector import CenterFace
+        from models.person_detector import PersonDetector
+        from models.regions import SelfieSegmentation
+
+        self.config = config
+        self._detector = PersonDetector(weights_dir)
+        self._faces = CenterFace(weights_dir)
+        self._masks = SelfieSegmentation(weights_dir)
+
+    def __call__(self, *, keyframes: list[Row]) -> Iterator[Outcome]:
+        """One outcome a keyframe: its persons, `no_person`, or a failure where its JPEG cannot be read."""
+        for keyframe in keyframes:
+            yield self._look_at(keyframe)
+
+    def _look_at(self, keyframe: Row) -> Outcome:
+        item = SPEC.item_of(keyframe)
+        image = _decode_jpeg(keyframe["jpeg"])
+        if image is None:
+            size = len(keyframe["jpeg"] or b"")
+            return Fail(item, f"keyframe {item}: its JPEG of {size} bytes cannot be read; redo the keyframes stage")
+        boxes, scores, sources = self.find(image)
+        if not len(boxes):
+            return Skip(item, "no_person")
+        people = zip(boxes, scores, sources, strict=True)
+        return Ok(item, [self._row(keyframe, image, i, *person) for i, person in enumerate(people)])
+
+    def find(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Persons of one RGB picture, highest score first: boxes (person, 4) in pixels, scores, sources."""
+        from models.regions import contained
+
+        persons = self._detector.detect(image, self.config.min_score)
+        faces = self._faces.detect(image, self.config.min_face_score)
+        sides = (faces.boxes[:, 2:] - faces.boxes[:, :2]).min(axis=1)
+        held = (contained(faces.boxes, persons.boxes) >= _HELD).any(axis=1)
+        added = ~held & (sides >= self.config.min_face_share * min(image.shape[:2]))
+        bodies = body_of_face(faces.boxes[added], image.shape[1], image.shape[0])
+        boxes = np.concatenate([persons.boxes, bodies])
+        scores = np.concatenate([persons.scores, faces.scores[added]])
+        sources = ["detector"] * len(persons.boxes) + ["face"] * len(bodies)
+        order = np.argsort(-scores, kind="stable")[: self.config.max_people]
+        return boxes[order], scores[order], [sources[i] for i in order]
+
+    def _row(
+        self, keyframe: Row, image: np.ndarray, index: int, box: np.ndarray, score: float, source: str
+    ) -> dict[str, Any]:
+        x0, y0, x1, y1 = (float(side) for side in box)
+        return {
+            "film_id": keyframe["film_id"],
+            "frame_index": keyframe["frame_index"],
+            "person_index": index,
+            "x0": x0,
+            "y0": y0,
+            "x1": x1,
+            "y1": y1,
+            "score": float(score),
+            "source": source,
+            "mask_png": _encode_png(self._masks.segment(image, box)),
+        }
+
+
+def body_of_face(faces: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The box of the body that belongs to each face (face, 4), clipped to the picture.
+
+    The proportions are those that a standing person's box has around the face: films mostly cut bodies off below.
+    """
+    sides = faces[:, 2:] - faces[:, :2]
+    centre = (faces[:, 0] + faces[:, 2]) / 2
+    x0, x1 = centre - 1.8 * sides[:, 0], centre + 1.8 * sides[:, 0]
+    y0, y1 = faces[:, 1] - 0.4 * sides[:, 1], faces[:, 3] + 6 * sides[:, 1]
+    boxes = np.stack([x0, y0, x1, y1], axis=1)
+    return np.clip(boxes, 0, np.array([width, height] * 2)).astype(np.float32)
+
+
+def _decode_jpeg(jpeg: bytes | None) -> np.ndarray | None:
+    """An RGB uint8 picture, or None where the bytes are no picture."""
+    import cv2
+
+    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
+
+
+def _encode_png(mask: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(mask, "L").save(buffer, "png")
+    return buffer.getvalue()

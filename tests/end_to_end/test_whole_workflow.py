@@ -1,0 +1,126 @@
+"""The command, as a user types it: films in, a movie out; again with nothing to do; with a change; interrupted."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import pytest
+
+from models import weights
+
+PROFILE = Path(__file__).with_name("tiny.yaml")
+FILM_KINDS = ("keyframes", "people", "faces", "identities", "captions", "scripts")
+MODEL_KINDS = ("autoencoder", "tokens", "renderer", "autoregressive")
+STORY_KINDS = ("story", "dream", "pictures", "movie", "evaluation")
+
+
+def call(*arguments, cwd, code=0):
+    command = [sys.executable, "-m", "flows.cli", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr[-4000:] + done.stdout[-2000:]
+    return done
+
+
+def artifacts(folder):
+    rows = json.loads(call("artifacts", "list", "--json", cwd=folder).stdout)
+    return {(row["kind"], row["subject"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a space in its name, two real films with odd names, and one file that is no film."""
+    folder = tmp_path_factory.mktemp("a user's folder")
+    films = folder / "my films"
+    films.mkdir()
+    demo = weights.folder("demo_films")
+    shutil.copy(demo / "carphone_pristine.mp4", films / '-car "phone".mp4')
+    shutil.copy(demo / "bikes.mp4", films / "bikes.mp4")
+    (films / "broken.mp4").write_bytes(b"not a film at all")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_run(home):
+    return call("run", "my films", "--profile", PROFILE, "--out", "out/movie.mp4", "--json", cwd=home, code=1)
+
+
+def test_a_movie_comes_out_and_the_bad_film_is_named(home, first_run):
+    summary = json.loads(first_run.stdout)
+    assert [failure["subject"] for failure in summary["failed"]] == ["broken.mp4"]
+    assert "broken.mp4" in summary["failed"][0]["error"]
+    with av.open(str(home / "out" / "movie.mp4")) as movie:
+        frames = sum(1 for _ in movie.decode(video=0))
+        assert movie.streams.video[0].codec_context.name == "h264"
+    assert frames > 24
+    page = (home / "out" / "report.html").read_text()
+    assert "<video" in page
+    assert "broken.mp4" in page
+
+
+def test_every_step_is_an_artifact(home, first_run):
+    found = artifacts(home)
+    kinds = {kind for kind, _ in found}
+    assert kinds == {*FILM_KINDS, "shards", *MODEL_KINDS, *STORY_KINDS}
+    for film in ('-car "phone".mp4', "bikes.mp4"):
+        assert {kind for kind, subject in found if subject == film} == set(FILM_KINDS)
+    assert not [subject for _, subject in found if subject == "broken.mp4"]
+    fields = "id kind subject fingerprint digest stage stage_version rows bytes files inputs created_at seconds"
+    assert all(list(row) == fields.split() for row in found.values())
+    assert call("artifacts", "verify", cwd=home).stdout.endswith("0 problems\n")
+
+
+def test_nothing_changed_means_nothing_done(home, first_run):
+    before = artifacts(home)
+    again = call("run", "my films", "--profile", PROFILE, "--out", "out/movie.mp4", cwd=home, code=1)
+    assert "nothing to do" in again.stdout
+    assert "keyframes of" not in again.stderr
+    assert artifacts(home) == before
+
+
+def test_a_changed_caption_setting_redoes_captions_and_what_follows(home, first_run):
+    before = artifacts(home)
+    arguments = ("ingest", "my films", "--profile", PROFILE, "--set", "captions.max_sentences=3", "--json")
+    summary = json.loads(call(*arguments, cwd=home, code=1).stdout)
+    assert summary["computed"] == {"captions": 2, "scripts": 2, "shards": 2}
+    again = json.loads(call("ingest", "my films", "--profile", PROFILE, "--json", cwd=home, code=1).stdout)
+    assert again["computed"] == {}
+    assert set(before) <= set(artifacts(home))
+
+
+def test_weights_and_numbers_can_be_read_by_machines(home, first_run):
+    rows = json.loads(call("evaluate", "--profile", PROFILE, "--json", cwd=home).stdout)
+    assert {"name", "value", "unit", "definition", "computed_with", "better"} <= set(rows[0])
+    assert any(row["name"].startswith("reconstruction retrieval") and row["value"] is not None for row in rows)
+
+
+def test_a_story_becomes_a_movie(home, first_run):
+    frame = {"scene_elements": ["This is a long shot."], "plot": ["The picture starts a new shot."]}
+    story = {"title": "two frames", "characters": [], "frames": [frame | {"shot": 0}, frame | {"shot": 1}]}
+    (home / "a story.json").write_text(json.dumps(story))
+    call("generate", "a story.json", "--profile", PROFILE, "--out", "story.mp4", cwd=home)
+    assert (home / "story.mp4").stat().st_size > 1000
+    assert ("movie", "a-story") in artifacts(home)
+
+
+def test_interrupt_leaves_a_state_from_which_the_next_call_goes_on(home, tmp_path):
+    command = [sys.executable, "-m", "flows.cli", "ingest", str(home / "my films"), "--profile", str(PROFILE)]
+    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 240
+    for line in started.stderr:
+        if "keyframes:" in line or time.monotonic() > deadline:
+            break
+    os.kill(started.pid, signal.SIGINT)
+    rest = started.stderr.read()
+    assert started.wait(120) == 130, rest[-3000:]
+    started.stderr.close()
+    assert "run the same command again" in rest
+    assert {kind for kind, _ in artifacts(tmp_path)} <= {"keyframes", "people"}
+    done = call("ingest", home / "my films", "--profile", PROFILE, "--json", cwd=tmp_path, code=1)
+    assert "keyframes" not in json.loads(done.stdout)["computed"]
+    assert ("scripts", "bikes.mp4") in artifacts(tmp_path)

@@ -1,0 +1,98 @@
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from flows import cli
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Run `main` as the shell does; returns exit code, stdout, stderr."""
+    monkeypatch.setattr("sys.argv", ["moviedreamer", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "Missing argument"),
+        (["run", "nowhere.mp4"], "no such film: 'nowhere.mp4'"),
+        (["ingest", "--profile", "none", "x.mp4"], "no profile 'none'"),
+        (["train", "--set", "people.x=1"], "people.x: unknown setting"),
+        (["artifacts", "show", "x-1"], "no artifact 'x-1'"),
+        (["weights", "pull", "nothing"], "weights 'nothing' are unknown"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(monkeypatch, capsys, *arguments)
+    assert code in (1, 2)
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_commands_that_come_too_early_name_the_first_step(monkeypatch, capsys, tmp_path, command):
+    code, _, err = call(monkeypatch, capsys, command, "--workspace", tmp_path / "w")
+    assert code == 1
+    assert "run `moviedreamer ingest FILM...` first" in err
+
+
+@pytest.mark.parametrize(
+    ("story", "message"),
+    [("{", "line 1"), ('{"title": "x", "frames": [], "colour": 1}', "colour"), (None, "story.json")],
+)
+def test_bad_stories(monkeypatch, capsys, tmp_path, story, message):
+    path = tmp_path / "story.json"
+    if story:
+        path.write_text(story)
+    opened = cli._open(tmp_path / "w")
+    opened.catalog.save_snapshot("s", ["shards-1"])
+    opened.catalog.set_ref("snapshot/newest", "s")
+    code, _, err = call(monkeypatch, capsys, "generate", path, "--workspace", tmp_path / "w")
+    assert code == 2
+    assert message in err
+
+
+def test_missing_weights_are_found_before_anything_starts(monkeypatch, capsys, tmp_path):
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"x")
+    settings = ("--set", f"engine.weights_dir={tmp_path}/none")
+    code, _, err = call(monkeypatch, capsys, "ingest", film, "--workspace", tmp_path / "w", *settings)
+    assert code == 1
+    assert "moviedreamer weights pull" in err
+
+
+def test_tables_are_json_for_machines():
+    for command in (["profile", "show"], ["weights", "list"]):
+        rows = json.loads(CliRunner().invoke(cli.cli, [*command, "--json"]).output)
+        assert len(rows) > 5
+
+
+def test_doctor_lists_what_is_missing(tmp_path):
+    done = CliRunner().invoke(cli.cli, ["doctor", "--json", "--workspace", str(tmp_path)])
+    rows = {row["check"]: row for row in json.loads(done.output)}
+    assert rows["torch"]["ok"]
+    assert rows["weights centerface"]["ok"]
+
+
+def test_artifacts_of_an_empty_workspace(monkeypatch, capsys, tmp_path):
+    assert call(monkeypatch, capsys, "artifacts", "list", "--json", "--workspace", tmp_path)[:2] == (0, "[]\n")
+    assert call(monkeypatch, capsys, "artifacts", "verify", "--workspace", tmp_path)[0] == 0
+
+
+def test_verify_finds_a_damaged_object(monkeypatch, capsys, tmp_path):
+    from tests.storage.test_catalog import make
+
+    opened = cli._open(tmp_path)
+    opened.catalog.commit(make())
+    code, out, _ = call(monkeypatch, capsys, "artifacts", "verify", "--workspace", tmp_path)
+    assert code == 1
+    assert "is not in" in out

@@ -1,0 +1,127 @@
+"""The mixture density against torch's own, against its integral, and against its samples."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+
+from models.gmm import (
+    MIN_SHRINKAGE,
+    Mixture,
+    fit_gaussian,
+    mixture_of_parameters,
+    parameter_count,
+    squareplus,
+)
+
+
+def random_mixture(
+    components: int, dim: int, batch: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> Mixture:
+    generator = torch.Generator().manual_seed(seed)
+    parameters = torch.randn(batch, parameter_count(components, dim), generator=generator, dtype=dtype)
+    return mixture_of_parameters(parameters, components)
+
+
+def as_torch(mixture: Mixture) -> MixtureSameFamily:
+    components = Independent(Normal(mixture.locations, mixture.scales), 1)
+    return MixtureSameFamily(Categorical(logits=mixture.logits), components)
+
+
+@settings(max_examples=25, deadline=None)
+@given(components=st.integers(1, 7), dim=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_density_and_mean_equal_torch(components: int, dim: int, seed: int) -> None:
+    mixture = random_mixture(components, dim, seed=seed)
+    values = 3 * torch.randn(5, dim, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    torch.testing.assert_close(mixture.log_prob(values), as_torch(mixture).log_prob(values))
+    torch.testing.assert_close(mixture.mean(), as_torch(mixture).mean)
+
+
+@pytest.mark.parametrize("components", [1, 3, 16])
+def test_density_integrates_to_one(components: int) -> None:
+    mixture = random_mixture(components, 1, batch=1)
+    grid = torch.linspace(-60, 60, 200_001, dtype=torch.float64)
+    density = mixture.log_prob(grid[:, None]).exp()
+    assert torch.trapezoid(density, grid).item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_gradients() -> None:
+    parameters = torch.randn(3, parameter_count(4, 2), dtype=torch.float64, requires_grad=True)
+    values = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda p, v: mixture_of_parameters(p, 4).log_prob(v), (parameters, values))
+    assert torch.autograd.gradcheck(lambda p: mixture_of_parameters(p, 4).mean(), (parameters,))
+
+
+def test_sample_moments() -> None:
+    one = random_mixture(3, 2, batch=1)
+    many = Mixture(*(value.expand(200_000, *value.shape[1:]) for value in (one.logits, one.locations, one.scales)))
+    samples = many.sample(torch.Generator().manual_seed(0))
+    reference = as_torch(one)
+    torch.testing.assert_close(samples.mean(0), reference.mean[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(samples.var(0), reference.variance[0], atol=0.1, rtol=0.02)
+
+
+def test_temperature_scales_the_deviation() -> None:
+    mixture = random_mixture(1, 3, batch=50_000)
+    noise = [(mixture.sample(torch.Generator().manual_seed(1), t) - mixture.locations[:, 0]) for t in (0.0, 0.5, 1.0)]
+    assert noise[0].abs().max() == 0
+    torch.testing.assert_close(2 * noise[1], noise[2])
+
+
+def test_same_seed_same_sample() -> None:
+    mixture = random_mixture(4, 3)
+    first, again, other = (mixture.sample(torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_far_values_and_large_parameters_stay_finite() -> None:
+    parameters = torch.cat([torch.full((1, 2), 500.0), torch.full((1, 8), -1e6)], -1)
+    parameters[:, 1] = -500.0
+    log_prob = mixture_of_parameters(parameters, 2, scale_floor=1e-3).log_prob(torch.full((1, 2), 1e3))
+    assert torch.isfinite(log_prob).all()
+
+
+def test_layout_floor_and_precision() -> None:
+    # k = 2, d = 1: logits, then location and scale of each component.
+    parameters = torch.tensor([0.5, -0.5, 1.0, 0.0, 2.0, -1e9], dtype=torch.bfloat16)
+    mixture = mixture_of_parameters(parameters, 2, scale_floor=0.25)
+    assert mixture.logits.dtype == torch.float32
+    assert mixture.logits.tolist() == [0.5, -0.5]
+    assert mixture.locations.tolist() == [[1.0], [2.0]]
+    assert mixture.scales.tolist() == [[1.0], [0.25]]
+
+
+def test_squareplus_is_positive_and_precise_far_left() -> None:
+    far = torch.tensor([-1e4, -10.0, 0.0, 10.0], dtype=torch.float32)
+    expected = (far.double() + (far.double() ** 2 + 4).sqrt()) / 2
+    torch.testing.assert_close(squareplus(far).double(), expected, rtol=1e-4, atol=0)
+
+
+def test_parameters_that_fit_no_dim_are_refused() -> None:
+    with pytest.raises(ValueError, match="12 parameters cannot hold 3 components"):
+        mixture_of_parameters(torch.zeros(12), 3)
+
+
+def test_fitted_gaussian_finds_the_truth() -> None:
+    covariance = torch.tensor([[2.0, 1.2], [1.2, 1.0]], dtype=torch.float64)
+    truth = MultivariateNormal(torch.tensor([1.0, -3.0], dtype=torch.float64), covariance)
+    torch.manual_seed(0)
+    gaussian = fit_gaussian(truth.sample((20_000,)))
+    torch.testing.assert_close(gaussian.covariance, covariance, atol=0.05, rtol=0)
+    samples = truth.sample((20_000,))
+    assert gaussian.nll(samples, correlated=True) == pytest.approx(truth.entropy().item() / 2, abs=0.02)
+    assert gaussian.nll(samples, correlated=False) > gaussian.nll(samples, correlated=True) + 0.1
+
+
+def test_shrinkage_falls_with_samples_and_handles_dependent_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(20, 20, generator=generator)
+    few, many = (fit_gaussian(torch.randn(n, 20, generator=generator) @ mixing) for n in (15, 5000))
+    assert few.shrinkage > 10 * many.shrinkage
+    assert math.isfinite(few.nll(torch.zeros(1, 20), correlated=True))
+    line = torch.randn(100_000, 1, generator=generator).expand(-1, 3)
+    assert fit_gaussian(line).shrinkage == MIN_SHRINKAGE
