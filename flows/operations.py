@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.commands import Request, Walked, walk
 from flows.pipeline import Pipeline, Workspace, open_executor
@@ -30,12 +31,20 @@ def running(request: Request, profile: str, workspace: str, settings: list[str])
         state = "done"
     except KeyboardInterrupt:
         state = "interrupted"
+        _leave_temporary_server()
         raise
     finally:
         opened.catalog.end_run(run_id, state, Walked(pipeline).summary())
         if close := getattr(executor, "close", None):
             close()
         opened.catalog.close()
+
+
+def _leave_temporary_server() -> None:
+    """Ctrl-C reaches a temporary Prefect server too: do not wait for what it will never answer."""
+    if PREFECT_API_URL.value() is None:
+        logging.getLogger("prefect").setLevel(logging.CRITICAL)
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}).__enter__()  # the process ends within this context
 
 
 def _perform(request: Request, profile: str, workspace: str, settings: list[str]) -> dict[str, Any]:

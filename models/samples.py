@@ -22,13 +22,13 @@ def read_samples(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """Samples of the shards, in order.
 
     Args:
-        paths: Local tar files.
+        paths: Local files of shards; only tars are read, not the indexes beside them.
 
     Yields:
         A dict with `__key__`, `jpg` (bytes), `json` (dict), `faces.npy` (float32 [face, width]), `identities.npy`
         (float32 [face, width]) and `person0.jpg` ... (bytes).
     """
-    for path in paths:
+    for path in filter(lambda path: Path(path).suffix == ".tar", paths):
         with Path(path).open("rb") as stream:
             members = tar_file_expander([{"url": str(path), "stream": stream}])
             for sample in group_by_keys(members):

@@ -53,6 +53,7 @@ SPEC = StageSpec(
     inputs=("pictures",),
     output="movie",
     scope="set",
+    cpus=2.0,
     description="pictures to clips to movie.mp4 by optical flow",
 )
 

@@ -78,8 +78,11 @@ class RayExecutor:
         self, settings: WorkerSettings, address: str | None, cpus: int | None, temp_dir: Path | None = None
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a busy desktop starves the workers
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Threads that spin while they wait for each other make a busy machine ten times slower.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import ray
 
         self._ray, self._settings = ray, settings

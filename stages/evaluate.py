@@ -69,6 +69,7 @@ SPEC = StageSpec(
     inputs=("pictures", "dream", "shards", "autoencoder", "autoregressive"),
     output="evaluation",
     scope="set",
+    cpus=2.0,
     description="consistency, likeness to the films, and what training measured",
 )
 

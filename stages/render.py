@@ -1,0 +1,121 @@
+"""Tokens, sentences and faces of a dreamed story -> pictures (paper, section 3.4), by the ID-preserving decoder."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from stages.errors import MissingInputError
+from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
+
+if TYPE_CHECKING:
+    pass
+
+
+class RenderConfig(StageConfig):
+    """Settings of rendering."""
+
+    sampling_steps: int = Field(50, description="DDIM steps a picture", gt=0)
+    seed: int = Field(0, description="of the starting noise", ge=0)
+    jpeg_quality: int = Field(95, description="of the pictures", ge=1, le=100)
+    batch_pictures: int = neutral(16, "pictures made at once", gt=0)
+
+    def weights(self) -> tuple[str, ...]:
+        """The image encoder, a part of every autoencoder."""
+        return ("dinov2_small",)
+
+
+PICTURES_SCHEMA = pa.schema(
+    [
+        ("frame_index", pa.int64()),
+        ("shot_index", pa.int32()),
+        ("script", pa.string()),
+        ("jpeg", pa.binary()),
+        ("width_px", pa.int32()),
+        ("height_px", pa.int32()),
+    ]
+)
+
+SPEC = StageSpec(
+    name="render",
+    version=1,
+    implementation="stages.render:Render",
+    inputs=("dream", "renderer", "autoencoder"),
+    output="pictures",
+    scope="set",
+    cpus=2.0,
+    gpus=1.0,
+    description="dreamed tokens to pictures, with sentences and faces",
+)
+
+
+class Render:
+    """The job: dream.parquet in, pictures.parquet out."""
+
+    def __init__(self, config: RenderConfig, weights_dir: Path | None = None):
+        self.config = config
+        self.weights_dir = weights_dir
+
+    def __call__(self, inputs: Inputs, out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
+        """Render every frame, in order, and write pictures.parquet.
+
+        Raises:
+            MissingInputError: The dream has no frame, or its numbers do not fit the renderer.
+        """
+        import torch
+
+        from models.autoencoder import load_autoencoder
+        from models.latents import write_jpeg
+        from models.renderer import load_renderer
+
+        frames = _read_frames(inputs["dream"])
+        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir).eval()
+        renderer = load_renderer(inputs["renderer"], autoencoder)
+        architecture, sizes = autoencoder.architecture, renderer.sizes
+        tokens = _shape(frames, "tokens", architecture.token_dim)
+        sentences = _shape(frames, "sentence_embeddings", sizes["text_dim"])
+        faces = (
+            _shape(frames, "face_embeddings", sizes["face_dim"])
+            if sizes["max_faces"]
+            else [np.zeros((0, sizes["face_dim"]), np.float32)] * len(frames)
+        )
+        pictures = renderer.decode(
+            torch.from_numpy(np.stack(tokens)),
+            renderer.pad_sentences(sentences),
+            renderer.pad_faces(faces),
+            self.config.sampling_steps,
+            self.config.seed,
+            self.config.batch_pictures,
+            lambda done: progress(done, len(frames), "pictures"),
+        )
+        size = {"width_px": architecture.width_px, "height_px": architecture.height_px}
+        rows = [
+            {name: frame[name] for name in ("frame_index", "shot_index", "script")}
+            | {"jpeg": write_jpeg(picture, self.config.jpeg_quality)}
+            | size
+            for frame, picture in zip(frames, pictures, strict=True)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows, schema=PICTURES_SCHEMA), out / "pictures.parquet")
+        return {"pictures": len(rows), **size}
+
+
+def _read_frames(paths: list[Path]) -> list[dict[str, Any]]:
+    frames = [row for path in paths if path.suffix == ".parquet" for row in pq.read_table(path).to_pylist()]
+    if not frames:
+        raise MissingInputError("the dream holds no frame: run the dream stage on a story with at least one frame")
+    return sorted(frames, key=lambda frame: frame["frame_index"])
+
+
+def _shape(frames: list[dict[str, Any]], column: str, width: int) -> list[np.ndarray]:
+    """A column's flat lists as float32 arrays [entry, width]."""
+    arrays = [np.asarray(frame[column] or [], np.float32) for frame in frames]
+    for frame, array in zip(frames, arrays, strict=True):
+        if array.size % width:
+            raise MissingInputError(
+                f"{column} of frame {frame['frame_index']} holds {array.size} numbers, no multiple of {width}: "
+                "dream again with models trained together with this renderer"
+            )
+    return [array.reshape(-1, width) for array in arrays]

@@ -1,0 +1,88 @@
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from models.autoencoder import load_autoencoder
+from models.renderer import Renderer, save_renderer
+from stages.errors import MissingInputError
+from stages.render import PICTURES_SCHEMA, SPEC, Render, RenderConfig
+from tests.stages.test_train_renderer import write_autoencoder
+
+CONFIG = RenderConfig(sampling_steps=2, batch_pictures=2)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, list[Path]]:
+    folder = tmp_path_factory.mktemp("models")
+    autoencoder = write_autoencoder(folder / "autoencoder")
+    (folder / "renderer").mkdir()
+    torch.manual_seed(0)
+    save_renderer(Renderer(load_autoencoder(autoencoder), 6, 4, 15, 5), folder / "renderer")
+    return {"autoencoder": autoencoder, "renderer": sorted((folder / "renderer").iterdir())}
+
+
+def _write_dream(path: Path, frames: int = 3, tokens: int = 16) -> Path:
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "frame_index": frame,
+            "shot_index": frame // 2,
+            "script": "{}",
+            "tokens": rng.normal(size=tokens).tolist(),
+            "sentence_embeddings": rng.normal(size=6 * frame).tolist(),
+            "face_embeddings": rng.normal(size=4 * (frame % 2)).tolist(),
+        }
+        for frame in range(frames)
+    ]
+    numbers = pa.list_(pa.float32())
+    names = {"frame_index": pa.int64(), "shot_index": pa.int32(), "script": pa.string()}
+    names |= dict.fromkeys(("tokens", "sentence_embeddings", "face_embeddings"), numbers)
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema(list(names.items()))), path)
+    return path
+
+
+def _render(models: dict[str, list[Path]], folder: Path, dream: Path, config: RenderConfig = CONFIG) -> list[dict]:
+    calls: list[tuple[int, int]] = []
+    progress = lambda done, total, message: calls.append((done, total))  # noqa: E731
+    summary = Render(config)({**models, "dream": [dream]}, folder, folder, progress)
+    table = pq.read_table(folder / "pictures.parquet")
+    assert table.schema == PICTURES_SCHEMA
+    assert summary["pictures"] == len(table)
+    assert calls[-1] == (len(table), len(table))
+    return table.to_pylist()
+
+
+def test_every_frame_becomes_a_picture(models, tmp_path):
+    pictures = _render(models, tmp_path, _write_dream(tmp_path / "dream.parquet"))
+    assert [(p["frame_index"], p["shot_index"]) for p in pictures] == [(0, 0), (1, 0), (2, 1)]
+    for picture in pictures:
+        with Image.open(io.BytesIO(picture["jpeg"])) as image:
+            assert image.size == (picture["width_px"], picture["height_px"]) == (32, 16)
+
+
+def test_pictures_follow_the_seed(models, tmp_path):
+    dream = _write_dream(tmp_path / "dream.parquet")
+    first, again = (_render(models, tmp_path, dream) for _ in range(2))
+    assert first == again
+    assert first != _render(models, tmp_path, dream, CONFIG.model_copy(update={"seed": 1}))
+
+
+def test_a_dream_without_frames_is_refused(models, tmp_path):
+    with pytest.raises(MissingInputError, match="holds no frame"):
+        _render(models, tmp_path, _write_dream(tmp_path / "dream.parquet", frames=0))
+
+
+def test_tokens_of_another_width_are_refused(models, tmp_path):
+    with pytest.raises(MissingInputError, match="tokens of frame 0 holds 15 numbers"):
+        _render(models, tmp_path, _write_dream(tmp_path / "dream.parquet", tokens=15))
+
+
+def test_the_spec_names_the_class():
+    assert SPEC.load() is Render
+    assert RenderConfig().weights() == ("dinov2_small",)
