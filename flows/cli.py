@@ -319,8 +319,10 @@ def main() -> None:
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to go on from here", EXIT_INTERRUPTED)
     except Exception as error:
-        from flows.failures import exit_code_of
+        from flows.failures import exit_code_of, was_interrupted
 
+        if was_interrupted(error):
+            _stop("interrupted; run the same command again to go on from here", EXIT_INTERRUPTED)
         code = exit_code_of(error)
         if code is None:
             raise

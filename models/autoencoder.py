@@ -122,7 +122,7 @@ class Draft(nn.Module):
     https://arxiv.org/abs/2006.10739.
     """
 
-    frequency = 5.0  # neighbouring frames of a shot lie about 0.2 apart in each number of a token
+    frequency = 2.0  # at 5, guesses from slightly wrong tokens fall apart: 20 dB instead of 28 at an error of 0.2
 
     def __init__(self, architecture: Architecture, shape: tuple[int, int, int]):
         super().__init__()

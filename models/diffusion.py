@@ -196,3 +196,11 @@ def draw_batch(count: int, batch: int, step: int, seed: int) -> Int[Tensor, " ba
         inside = places // count == epoch
         indices[inside] = order[places[inside] % count]
     return indices
+
+
+def add_token_noise(
+    tokens: Float[Tensor, "batch token dim"], largest: float, generator: torch.Generator
+) -> Float[Tensor, "batch token dim"]:
+    """Make tokens as wrong as a story model's may be: noise of a standard deviation between 0 and `largest`."""
+    scale = largest * torch.rand((len(tokens), 1, 1), generator=generator)
+    return tokens + (scale * torch.randn(tokens.shape, generator=generator)).to(tokens)

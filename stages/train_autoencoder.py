@@ -65,7 +65,9 @@ class TrainAutoencoderConfig(StageConfig):
     )
     crops_per_keyframe: int = Field(1, description="crops taken of each keyframe when data is 'crops'", gt=0)
     noise_offset: float = Field(0.05, description="standard deviation of the noise shared by a channel's positions")
-    token_noise: float = Field(0.0, description="standard deviation of noise added to the decoder's tokens", ge=0)
+    token_noise: float = Field(
+        0.0, description="largest standard deviation of noise on the decoder's tokens, drawn for each picture", ge=0
+    )
     average_decay: float = Field(0.9999, description="of the moving average of the weights", ge=0, lt=1)
     gradient_norm: float = Field(1.0, description="gradients are scaled down to this norm", gt=0)
     encoder_height_px: int = Field(224, description="pictures are scaled to this for the image encoder", gt=0)
@@ -236,15 +238,14 @@ class TrainAutoencoder:
     def _train_step(
         self, model: "Autoencoder", run: "TrainingRun", phase: PhaseConfig, data: tuple["Tensor", "Tensor"]
     ) -> float:
-        import torch
 
-        from models.diffusion import draw_batch, schedule_learning_rate
+        from models.diffusion import add_token_noise, draw_batch, schedule_learning_rate
 
         model.decoder.requires_grad_(run.step >= phase.compressor_steps)
         features, latents = data
         batch = draw_batch(len(latents), phase.batch_size, run.step, self.config.seed + run.phase)
         tokens = model.compressor(features[batch])
-        tokens = tokens + self.config.token_noise * torch.randn(tokens.shape, generator=run.generator)
+        tokens = add_token_noise(tokens, self.config.token_noise, run.generator)
         loss = model.schedule.loss(
             lambda noisy, steps: model.decoder(noisy, steps, tokens),
             latents[batch],

@@ -35,7 +35,9 @@ class TrainRendererConfig(StageConfig):
     schedule: Literal["cosine", "constant"] = Field("constant", description="how the learning rate goes on")
     warmup_steps: int = Field(0, description="steps over which the learning rate rises from zero", ge=0)
     noise_offset: float = Field(0.05, description="standard deviation of the noise shared by a channel's positions")
-    token_noise: float = Field(0.0, description="standard deviation of noise added to the tokens", ge=0)
+    token_noise: float = Field(
+        0.0, description="largest standard deviation of noise on the tokens, drawn for each picture", ge=0
+    )
     average_decay: float = Field(0.9999, description="of the moving average of the weights", ge=0, lt=1)
     gradient_norm: float = Field(1.0, description="gradients are scaled down to this norm", gt=0)
     sampling_steps: int = Field(50, description="DDIM steps of the reconstructions that are measured", gt=0)
@@ -133,12 +135,12 @@ class TrainRenderer:
     ) -> float:
         import torch
 
-        from models.diffusion import draw_batch, schedule_learning_rate
+        from models.diffusion import add_token_noise, draw_batch, schedule_learning_rate
 
         config = self.config
         batch = draw_batch(len(latents), config.batch_size, run.step, config.seed)
         tokens, sentences, faces = (condition[batch] for condition in conditions)
-        tokens = tokens + config.token_noise * torch.randn(tokens.shape, generator=run.generator)
+        tokens = add_token_noise(tokens, config.token_noise, run.generator)
         entries = tokens.shape[1] + sentences.shape[1] + faces.shape[1]
         keep = torch.rand((len(batch), entries), generator=run.generator) >= config.mask_probability
         loss = model.autoencoder.schedule.loss(

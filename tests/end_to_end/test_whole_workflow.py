@@ -115,7 +115,7 @@ def test_interrupt_leaves_a_state_from_which_the_next_call_goes_on(home, tmp_pat
     for line in started.stderr:
         if "keyframes:" in line or time.monotonic() > deadline:
             break
-    os.kill(started.pid, signal.SIGINT)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
     rest = started.stderr.read()
     assert started.wait(120) == 130, rest[-3000:]
     started.stderr.close()

@@ -16,7 +16,7 @@ from models.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
-from models.diffusion import NoiseSchedule, TrainingRun, draw_batch, schedule_learning_rate
+from models.diffusion import NoiseSchedule, TrainingRun, add_token_noise, draw_batch, schedule_learning_rate
 from models.reconstructions import measure_reconstructions
 from models.renderer import Renderer, load_renderer, save_renderer
 
@@ -240,6 +240,14 @@ def test_the_loss_is_the_mean_square_of_what_is_to_be_predicted(prediction):
     latents = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     loss = schedule.loss(lambda z, t: torch.zeros_like(z), latents, 0.05, torch.Generator().manual_seed(1))
     assert loss == pytest.approx(1.0, abs=0.05)
+
+
+def test_token_noise_lies_between_none_and_the_largest():
+    noisy = add_token_noise(torch.zeros(50, 2, 500), 0.4, torch.Generator().manual_seed(0))
+    scales = noisy.std(dim=(1, 2))
+    assert scales.min() < 0.1
+    assert 0.3 < scales.max() < 0.45
+    assert torch.equal(add_token_noise(torch.ones(1, 2, 3), 0.0, torch.Generator()), torch.ones(1, 2, 3))
 
 
 def test_each_sample_comes_once_before_any_comes_again():

@@ -14,9 +14,6 @@ from stages.errors import MissingInputError, UsageError
 from stages.spec import no_progress
 from stages.train_autoencoder import SPEC, PhaseConfig, TrainAutoencoder, TrainAutoencoderConfig
 
-# webdataset leaves closing its shards to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar:ResourceWarning")
-
 PHASE = {"steps": 4, "compressor_steps": 1, "batch_size": 4, "learning_rate": 1e-3, "schedule": "cosine"}
 TINY = {
     "image_phase": {"data": "crops", "height_px": 16, "width_px": 16, **PHASE},

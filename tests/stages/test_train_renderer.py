@@ -14,9 +14,6 @@ from stages.train_autoencoder import TrainAutoencoderConfig
 from stages.train_renderer import SPEC, TrainRenderer, TrainRendererConfig
 from tests.stages.test_train_autoencoder import TINY, StopTrainingError, write_shard
 
-# webdataset leaves closing its shards to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar:ResourceWarning")
-
 CONFIG = {
     "steps": 4,
     "batch_size": 3,
