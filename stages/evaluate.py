@@ -248,7 +248,7 @@ def read_retrieval(metrics: dict[str, Any] | None) -> Number:
     """What the autoencoder's training measured."""
     if metrics is None:
         return RETRIEVAL.missing("no metrics of an autoencoder")
-    with_what = f"{metrics['keyframes']} keyframes; {metrics['computed_with']}"
+    with_what = f"{metrics['keyframes']} keyframes; {metrics['retrieval_definition']}"
     return RETRIEVAL.computed(metrics["retrieval_top1"], with_what)
 
 
