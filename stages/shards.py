@@ -1,7 +1,8 @@
 """Packs films into WebDataset shards: what training reads, and what anyone can open with plain `webdataset`.
 
 A sample is a keyframe: `.jpg`, `.json` (script, faces, place in the film, split), `.faces.npy`, `.identities.npy` and
-`.person<i>.jpg` crops. The same inputs give the same bytes. Films are dealt to shards by a stable hash, so that a new
+`.person<i>.jpg` crops. Its split is `train`, `heldout` (the end of a film: the story model is measured on it; the
+autoencoder may see it) or `test` (a film kept out of everything). The same inputs give the same bytes. Films are dealt to shards by a stable hash, so that a new
 film touches one shard only.
 
 Source: paper appendix B ("structured representation"); the format is webdataset's.
@@ -77,13 +78,15 @@ class Shards:
         total = sum(pq.ParquetFile(path).metadata.num_rows for path in inputs["keyframes"])
         tables = {role: _by_frame(inputs[role], role) for role in ("people", "faces", "identities", "scripts")}
         last_train = self._last_train_frames(inputs["keyframes"])
+        apart = set(self._config.heldout_films)
         films, done = set(), 0
         with TarWriter(str(out / "shard.tar"), mtime=0.0, encoder=False) as tar:
             for keyframe in self._keyframes(inputs["keyframes"]):
                 where = keyframe["film_id"], keyframe["frame_index"]
                 films.add(where[0])
                 rows = {role: table.get(where, []) for role, table in tables.items()}
-                tar.write(self._sample(keyframe, rows, keyframe["frame_index"] > last_train[where[0]]))
+                split = "test" if where[0] in apart else "heldout" if where[1] > last_train[where[0]] else "train"
+                tar.write(self._sample(keyframe, rows, split))
                 done += 1
                 progress(done, total, f"sample {done} of {total}")
         (out / "index.json").write_text(json.dumps(_index(out / "shard.tar"), indent=0))
@@ -104,14 +107,14 @@ class Shards:
         last = {}
         for film_id, indexes in frames.items():
             kept = len(indexes) - math.floor(len(indexes) * self._config.heldout_share)
-            last[film_id] = -1.0 if film_id in self._config.heldout_films else float(sorted(indexes)[kept - 1])
+            last[film_id] = float(sorted(indexes)[kept - 1])
         return last
 
-    def _sample(self, keyframe: Row, rows: dict[str, list[Row]], heldout: bool) -> dict[str, Any]:
+    def _sample(self, keyframe: Row, rows: dict[str, list[Row]], split: str) -> dict[str, Any]:
         characters = {row["face_index"]: row["character_index"] for row in rows["identities"]}
         faces = sorted(rows["faces"], key=lambda row: row["face_index"])
         facts = {name: keyframe[name] for name in ("film_id", "frame_index", "time_s", "shot_index")}
-        facts["split"] = "heldout" if heldout else "train"
+        facts["split"] = split
         facts["script"] = json.loads(rows["scripts"][0]["script"]) if rows["scripts"] else {}
         facts["faces"] = [
             {"character_index": characters.get(row["face_index"])}

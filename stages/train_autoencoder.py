@@ -170,14 +170,15 @@ class TrainAutoencoder:
         from models.samples import read_samples
 
         samples = list(read_samples(inputs["shards"]))
-        training = [sample for sample in samples if sample["json"]["split"] == "train"]
+        training = [sample for sample in samples if sample["json"]["split"] != "test"]
         if not training:
             raise MissingInputError(f"the shards hold {len(samples)} keyframes, none for training: ingest films first")
         torch.manual_seed(self.config.seed)
         model = Autoencoder(Architecture.from_settings(self.config), self.weights_dir)
         progress(0, self.config.image_phase.steps + self.config.film_phase.steps, "measuring features and latents")
         keyframes = self._read_keyframes(samples)
-        is_training = torch.tensor([sample["json"]["split"] == "train" for sample in samples])
+        trained = [sample["json"]["split"] != "test" for sample in samples]
+        is_training = torch.tensor(trained)
         model.latents.fit(keyframes[is_training])
         films = _prepare(model, keyframes[is_training])
         model.compressor.fit(films[0])
@@ -189,7 +190,7 @@ class TrainAutoencoder:
         (out / "history.json").write_text(json.dumps(history) + "\n")
         reconstructions = model.decode(model.encode(keyframes), self.config.sampling_steps, self.config.seed)
         keys = [(sample["json"]["film_id"], sample["json"]["frame_index"]) for sample in samples]
-        metrics = measure_reconstructions(model, [film for film, _ in keys], keyframes, reconstructions)
+        metrics = measure_reconstructions(model, [film for film, _ in keys], trained, keyframes, reconstructions)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         write_samples(out / "samples.parquet", keys, keyframes, reconstructions, self.config.sample_keyframes)
         return metrics

@@ -98,7 +98,9 @@ class TrainRenderer:
         save_renderer(model.eval(), out)
         (out / "history.json").write_text(json.dumps(history) + "\n")
         made = model.decode(*_conditions(model, table, False), self.config.sampling_steps, self.config.seed)
-        metrics = measure_reconstructions(autoencoder, [film for film, _ in keys], keyframes, made)
+        training = set(table.split_rows("train"))
+        trained = [row in training for row in range(len(table))]
+        metrics = measure_reconstructions(autoencoder, table.films, trained, keyframes, made)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         write_samples(out / "samples.parquet", keys, keyframes, made, self.config.sample_keyframes)
         return metrics

@@ -87,7 +87,7 @@ def test_a_changed_caption_setting_redoes_captions_and_what_follows(home, first_
     before = artifacts(home)
     arguments = ("ingest", "my films", "--profile", PROFILE, "--set", "captions.max_sentences=3", "--json")
     summary = json.loads(call(*arguments, cwd=home, code=1).stdout)
-    assert summary["computed"] == {"captions": 2, "scripts": 2, "shards": 2}
+    assert summary["computed"] == {"captions": 2, "scripts": 2, "shards": 1}
     again = json.loads(call("ingest", "my films", "--profile", PROFILE, "--json", cwd=home, code=1).stdout)
     assert again["computed"] == {}
     assert set(before) <= set(artifacts(home))

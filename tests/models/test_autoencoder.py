@@ -109,10 +109,25 @@ def test_an_artifact_without_its_config_is_refused(tmp_path):
 
 def test_retrieval_is_perfect_for_the_keyframes_themselves(model):
     pictures = torch.rand(4, 3, 16, 32, generator=torch.Generator().manual_seed(0))
-    measured = measure_reconstructions(model, ["a", "a", "b", "b"], pictures, pictures * 0.99)
+    films, trained = ["a", "a", "b", "b"], [True, True, True, False]
+    measured = measure_reconstructions(model, films, trained, pictures, pictures * 0.99)
     assert measured["retrieval_top1_by_film"] == {"a": 1.0, "b": 1.0}
-    exchanged = measure_reconstructions(model, ["a", "a", "b", "b"], pictures, pictures[[1, 0, 3, 2]])
+    exchanged = measure_reconstructions(model, films, trained, pictures, pictures[[1, 0, 3, 2]])
     assert exchanged["retrieval_top1"] == 0.0
+
+
+def test_retrieval_counts_heldout_keyframes_apart(model):
+    pictures = torch.rand(3, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+    measured = measure_reconstructions(model, ["a"] * 3, [True, True, False], pictures, pictures[[0, 1, 1]])
+    assert (measured["retrieval_top1_train"], measured["retrieval_top1_heldout"]) == (1.0, 0.0)
+    assert measured["keyframes_heldout"] == 1
+    whole = measure_reconstructions(model, ["a"] * 3, [True] * 3, pictures, pictures)
+    assert whole["retrieval_top1_heldout"] is None
+
+
+def test_a_collapsed_model_retrieves_nothing(model):
+    same = torch.full((3, 3, 16, 32), 0.5)
+    assert measure_reconstructions(model, ["a"] * 3, [True] * 3, same, same)["retrieval_top1"] == 0.0
 
 
 def test_draft_components_span_the_training_latents():

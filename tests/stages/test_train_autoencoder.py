@@ -146,7 +146,7 @@ def test_an_empty_folder_of_pictures_is_named(shard, tmp_path):
 
 
 def test_shards_without_training_keyframes_are_refused(tmp_path):
-    shard = write_shard(tmp_path / "heldout.tar", split="heldout")
+    shard = write_shard(tmp_path / "heldout.tar", split="test")
     with pytest.raises(MissingInputError, match="4 keyframes, none for training"):
         TrainAutoencoder(TrainAutoencoderConfig(**TINY))({"shards": [shard]}, tmp_path, tmp_path, no_progress)
 
