@@ -1,9 +1,9 @@
 """Packs films into WebDataset shards: what training reads, and what anyone can open with plain `webdataset`.
 
 A sample is a keyframe: `.jpg`, `.json` (script, faces, place in the film, split), `.faces.npy`, `.identities.npy` and
-`.person<i>.jpg` crops. Its split is `train`, `heldout` (the end of a film: the story model is measured on it; the
-autoencoder may see it) or `test` (a film kept out of everything). The same inputs give the same bytes. Films are dealt to shards by a stable hash, so that a new
-film touches one shard only.
+`.person<i>.jpg` crops. Its split is `train`, `heldout` (the end of a film: the story model is measured on it, while the
+autoencoder may see it) or `test` (a film kept out of everything). The same inputs give the same bytes. Films are
+dealt to shards by a stable hash, so that a new film touches one shard only.
 
 Source: paper appendix B ("structured representation"); the format is webdataset's.
 """
@@ -80,12 +80,13 @@ class Shards:
         last_train = self._last_train_frames(inputs["keyframes"])
         apart = set(self._config.heldout_films)
         films, done = set(), 0
-        with TarWriter(str(out / "shard.tar"), mtime=0.0, encoder=False) as tar:
+        with (out / "shard.tar").open("wb") as stream, TarWriter(stream, mtime=0.0, encoder=False) as tar:
             for keyframe in self._keyframes(inputs["keyframes"]):
                 where = keyframe["film_id"], keyframe["frame_index"]
                 films.add(where[0])
                 rows = {role: table.get(where, []) for role, table in tables.items()}
-                split = "test" if where[0] in apart else "heldout" if where[1] > last_train[where[0]] else "train"
+                heldout = where[1] > last_train[where[0]]
+                split = "test" if where[0] in apart else "heldout" if heldout else "train"
                 tar.write(self._sample(keyframe, rows, split))
                 done += 1
                 progress(done, total, f"sample {done} of {total}")

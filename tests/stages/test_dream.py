@@ -150,7 +150,8 @@ def test_few_shot_from_pictures(model: list[Path], face_picture: Path, tmp_path:
     sizes = SimpleNamespace(
         height_px=16, width_px=32, encoder_height_px=28, encoder_width_px=56, tokens=2, token_dim=4,
         compressor_width=16, compressor_heads=2, block_px=8, luma=6, chroma=3, flattening=0.5, channels=(16, 16),
-        layers=1, cross_dim=16, heads=2, norm_groups=4, draft_components=0, draft_width=16, timesteps=100, prediction="v_prediction",
+        layers=1, cross_dim=16, heads=2, norm_groups=4, draft_components=0, draft_width=16,
+        timesteps=100, prediction="v_prediction",
     )  # fmt: skip
     folder = tmp_path / "autoencoder"
     folder.mkdir()
