@@ -113,11 +113,11 @@ def test_interrupt_leaves_a_state_from_which_the_next_call_goes_on(home, tmp_pat
     started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 240
     for line in started.stderr:
-        if "keyframes:" in line or time.monotonic() > deadline:
+        if "stages.engine: keyframes:" in line or time.monotonic() > deadline:
             break
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
     rest = started.stderr.read()
-    assert started.wait(120) == 130, rest[-3000:]
+    assert started.wait(300) == 130, rest[-3000:]
     started.stderr.close()
     assert "run the same command again" in rest
     assert {kind for kind, _ in artifacts(tmp_path)} <= {"keyframes", "people"}
