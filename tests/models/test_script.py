@@ -232,4 +232,4 @@ def test_the_example_is_a_story() -> None:
     story = load_story(ROOT / "examples" / "story.json")
     assert 8 <= len(story.frames) <= 10
     assert len(set(story.shot_indices())) in (3, 4)
-    assert story.characters[0].film == "carphone_pristine"
+    assert story.characters[0].film == "carphone_pristine.mp4"
