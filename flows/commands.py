@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ class Walked:
 
     pipeline: Pipeline
     movie: Path | None = None
-    stages: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -146,10 +146,6 @@ class Pipeline:
         weights = {name: TABLE[name].identity for name in settings.weights()}
         return Work(spec, settings, subject, inputs, weights, source)
 
-    def changed(self) -> bool:
-        """Whether a plan found something to do."""
-        return bool(self.todo)
-
 
 def open_executor(workspace: Workspace, profile: Profile) -> Executor:
     """Start what runs the units: call it in a flow's body, and `close` it there."""

@@ -11,10 +11,15 @@ from pathlib import Path
 import cv2
 import dlib
 import numpy as np
+import torch
 from jaxtyping import Float, Float32, UInt8
 from numpy import ndarray
 
 from models import weights
+from models.image_encoder import DinoV2
+
+ENCODED_SIDE_PX = 112
+"""Side of an aligned face as the image encoder takes it: 8 of its patches."""
 
 CHIP_PX = 150
 """Side of an aligned face, as dlib's network takes it."""
@@ -83,3 +88,14 @@ class DlibFace:
         """Embed aligned RGB faces; compare embeddings by Euclidean distance."""
         vectors = [self._network.compute_face_descriptor(chip) for chip in chips]
         return np.array(vectors, np.float32).reshape(len(chips), 128)
+
+
+def embed_appearance(encoder: DinoV2, chips: list[UInt8[ndarray, "side side 3"]]) -> Float32[ndarray, "face dim"]:
+    """Conditioning embeddings of aligned RGB faces, each of length 1: the mean of the image encoder's patch tokens.
+
+    Source: ours, in the place of FaRL (appendix A), which no registry package carries.
+    """
+    size = (ENCODED_SIDE_PX, ENCODED_SIDE_PX)
+    pixels = np.stack([cv2.resize(chip, size, interpolation=cv2.INTER_AREA) for chip in chips])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    return torch.nn.functional.normalize(encoder.encode(images).mean(dim=1), dim=-1).numpy()

@@ -67,8 +67,6 @@ SCHEMA = pa.schema(
 )
 """Lists of numbers are flat; one face for each character of the frame that has one."""
 
-_FACE_SIDE_PX = 112
-
 
 class Dream:
     """Writes `dream.parquet`, one row a keyframe to make."""
@@ -184,24 +182,15 @@ class Dream:
         Raises:
             StoryError: The picture cannot be read or shows no face.
         """
-        import cv2
-        import torch
-
         from models.face_detector import CenterFace
-        from models.face_embedder import align_face
+        from models.face_embedder import align_face, embed_appearance
         from models.image_encoder import DinoV2
 
         picture = _read_picture(path)
         found = CenterFace(self._weights_dir).detect(picture, self._config.min_face_score)
         if not len(found):
             raise StoryError(f"{path}: no face found: give a picture that shows the character's face from the front")
-        # Size and pooling as in the faces stage, whose embeddings the model was trained on.
-        chip = cv2.resize(
-            align_face(picture, found.landmarks[0]), (_FACE_SIDE_PX, _FACE_SIDE_PX), interpolation=cv2.INTER_AREA
-        )
-        image = torch.from_numpy(chip).permute(2, 0, 1)[None].float() / 255
-        embedding = DinoV2(self._weights_dir).encode(image).mean(1)[0]
-        return torch.nn.functional.normalize(embedding, dim=-1).numpy()
+        return embed_appearance(DinoV2(self._weights_dir), [align_face(picture, found.landmarks[0])])[0]
 
     def _continue_from(self, table: "TokenTable | None", model: "AutoregressiveModel") -> "list[Frame]":
         """The last keyframes of the film to go on from, with scripts and tokens."""

@@ -63,8 +63,6 @@ SPEC = StageSpec(
 _HELD = 0.6
 """A face belongs to a person only when at least this part of it lies in the person's box."""
 
-_EMBEDDED_SIDE_PX = 112
-
 
 class Faces:
     """Detects, matches, aligns and embeds faces; see the module's first lines."""
@@ -116,13 +114,9 @@ class Faces:
 
     def embed(self, chips: list[np.ndarray]) -> np.ndarray:
         """Conditioning embeddings of aligned RGB faces: float32 (face, 384), each of length 1."""
-        import cv2
-        import torch
+        from models.face_embedder import embed_appearance
 
-        side = _EMBEDDED_SIDE_PX
-        pixels = np.stack([cv2.resize(chip, (side, side), interpolation=cv2.INTER_AREA) for chip in chips])
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-        return torch.nn.functional.normalize(self._conditioning.encode(images).mean(dim=1), dim=-1).numpy()
+        return embed_appearance(self._conditioning, chips)
 
     def _row(
         self,
