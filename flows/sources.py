@@ -9,7 +9,6 @@ from urllib.parse import unquote, urlparse
 
 from stages.errors import CatalogueError, FilmError, UsageError
 from storage.catalog import Catalog
-from storage.errors import CatalogError
 from storage.objects import digest_file
 
 FILM_SUFFIXES = {
@@ -167,10 +166,7 @@ def resolve(source: Source, catalog: Catalog, cache: Path) -> Film:
     about = {"title": source.title, "year": source.year, "split": source.split}
     if not same or any(known[name] != value for name, value in about.items() if value is not None):
         identity = {"film_id": source.film_id, "uri": source.uri, "digest": digest}
-        try:
-            catalog.save_film(identity | {"bytes": facts.st_size, "modified_ns": facts.st_mtime_ns} | about)
-        except CatalogError as error:
-            raise FilmError(str(error)) from error
+        catalog.save_film(identity | {"bytes": facts.st_size, "modified_ns": facts.st_mtime_ns} | about)
     return Film(source.film_id, path, digest, source.split or (known or {}).get("split"))
 
 
