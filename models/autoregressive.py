@@ -52,6 +52,9 @@ class AutoregressiveConfig:
         input_dropout: Dropout on the projected sentences, faces and frame tokens.
         residual_dropout: Dropout on the output of each attention and feed-forward branch of the trunk.
         mask_probability: Chance, in training, that a position is hidden from all others.
+        context_noise: Largest standard deviation of the noise, in training, on frame tokens that are read (not on
+            those that are predicted), in standardized units. Not in the paper: frames that the model goes on from
+            are its own, and a little wrong; without this, short stories drift into blends of pictures.
         carry_previous: Whether a learned share of the same token of the frame before is added to each component's
             location, from none of it in the first component to all of it in the last. Not in the paper: within a
             few hundred steps a model does not find out by attention alone that adjacent keyframes are alike.
@@ -67,6 +70,7 @@ class AutoregressiveConfig:
     input_dropout: float = 0.5
     residual_dropout: float = 0.5
     mask_probability: float = 0.15
+    context_noise: float = 0.0
     carry_previous: bool = False
 
 
@@ -182,13 +186,21 @@ class AutoregressiveModel(nn.Module):
         batch = collate_sequences(sequences, config.text_width, config.face_width, config.token_dim)
         return batch.to(self.token_mean.device)
 
-    def embed(self, batch: SequenceBatch) -> Float[Tensor, "batch position hidden"]:
-        """The trunk's inputs; frame tokens must stand in whole frames."""
+    def embed(
+        self, batch: SequenceBatch, tokens: Float[Tensor, "row dim"] | None = None
+    ) -> Float[Tensor, "batch position hidden"]:
+        """The trunk's inputs; frame tokens must stand in whole frames.
+
+        Args:
+            batch: What to read.
+            tokens: Standardized frame tokens to read in place of the batch's own.
+        """
+        tokens = self.standardize(batch.tokens) if tokens is None else tokens
         inputs = self.trunk.embed_tokens(batch.words)
         rows = {
             Kind.SENTENCE: self._project(self.text_projection, batch.sentences - self.text_mean),
             Kind.FACE: self._project(self.face_projection, batch.faces),
-            Kind.TOKEN: self._project(self.token_projection, self.standardize(batch.tokens)),
+            Kind.TOKEN: self._project(self.token_projection, tokens),
         }
         kinds = torch.where(batch.kinds == Kind.REFERENCE, Kind.TOKEN, batch.kinds)
         for kind, values in rows.items():
@@ -205,17 +217,26 @@ class AutoregressiveModel(nn.Module):
 
         Positions of reference frames are no targets.
         """
-        inputs = self.embed(batch)
+        tokens = self.standardize(batch.tokens)
+        read = self._disturb(tokens)
+        inputs = self.embed(batch, read)
         mask = None
         if self.training and self.config.mask_probability > 0:
             mask = masked_causal_attention(*inputs.shape[:2], self.config.mask_probability, inputs)
         hidden = self.trunk(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         is_target = batch.kinds == Kind.TOKEN
         is_row = is_target | (batch.kinds == Kind.REFERENCE)
-        tokens = self.standardize(batch.tokens)
         targets = is_target[is_row]
-        previous = self._previous_tokens(tokens, targets, is_row.nonzero()[:, 0])
+        previous = self._previous_tokens(read, targets, is_row.nonzero()[:, 0])
         return self.mixture(hidden[:, :-1][is_target[:, 1:]], previous[targets]), tokens[targets]
+
+    def _disturb(self, tokens: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
+        """In training, add noise; all tokens of a frame get the same amount of it, drawn from 0 to `context_noise`."""
+        if not self.training or self.config.context_noise == 0:
+            return tokens
+        frames = tokens.view(-1, self.config.tokens_per_frame, self.config.token_dim)
+        scale = self.config.context_noise * torch.rand(len(frames), 1, 1, device=tokens.device)
+        return (frames + scale * torch.randn_like(frames)).view(tokens.shape)
 
     def _previous_tokens(self, tokens: Tensor, is_target: Tensor, sequence: Tensor) -> Tensor:
         """For each row the same token of the frame before in its sequence; zeros, the mean, for a first frame."""

@@ -46,6 +46,9 @@ class TrainAutoregressiveConfig(StageConfig):
     input_dropout: float = Field(0.5, ge=0, lt=1, description="on projected sentences, faces and frame tokens")
     residual_dropout: float = Field(0.5, ge=0, lt=1, description="on attention and feed-forward branches")
     mask_probability: float = Field(0.15, ge=0, lt=1, description="chance that attention cannot see a position")
+    context_noise: float = Field(
+        0.0, ge=0, description="largest noise on frame tokens that are read, in standardized units; not in the paper"
+    )
     carry_previous: bool = Field(
         False,
         description="add a learned share of the frame before to the mixture's locations; not in the paper, for small "
@@ -131,7 +134,8 @@ class TrainAutoregressive:
         known = config.trunk in weights.TABLE
         path = weights.file(config.trunk, self._weights_dir) if known else Path(config.trunk).expanduser()
         trunk, tokenizer = load_language_model(path, config.layers)
-        same = ("components", "scale_floor", "input_dropout", "residual_dropout", "mask_probability", "carry_previous")
+        same = ("components", "scale_floor", "input_dropout", "residual_dropout", "mask_probability", "context_noise",
+                "carry_previous")  # fmt: skip
         architecture = AutoregressiveConfig(
             trunk=describe_language_model(trunk),
             **keyframes.widths,

@@ -169,7 +169,7 @@ def test_losses_follow_the_equations() -> None:
     torch.testing.assert_close(losses.total, losses.nll + losses.l1 + losses.l2)
 
 
-@pytest.mark.parametrize("name", ["input_dropout", "residual_dropout", "mask_probability"])
+@pytest.mark.parametrize("name", ["input_dropout", "residual_dropout", "mask_probability", "context_noise"])
 def test_each_measure_acts_in_training_only(name: str) -> None:
     none = {"input_dropout": 0.0, "residual_dropout": 0.0, "mask_probability": 0.0}
     model = make_model(replace(CONFIG, **none | {name: 0.5}))
@@ -177,6 +177,15 @@ def test_each_measure_acts_in_training_only(name: str) -> None:
     assert torch.equal(model.losses(batch).nll, model.losses(batch).nll)
     model.train()
     assert not torch.equal(model.losses(batch).nll, model.losses(batch).nll)
+
+
+def test_context_noise_leaves_what_is_predicted_as_it_is() -> None:
+    model = make_model(replace(CONFIG, context_noise=3.0, carry_previous=True))
+    batch = model.collate([build_sequence(make_frames(3), model.tokenizer)])
+    _, targets = model.predict(batch)
+    model.train()
+    _, disturbed = model.predict(batch)
+    assert torch.equal(targets, disturbed)
 
 
 def test_attention_mask_hides_positions_but_never_from_themselves() -> None:
