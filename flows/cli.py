@@ -243,9 +243,11 @@ def _perform(
         first = plan.todo[0]
         click.echo(f"to do: {first.stage} of {first.subject} ({first.reason}) and what follows", err=True)
         require_weights(explained.profile)
-        prepare_prefect(opened.folder)
+        has_server = prepare_prefect(opened.folder)
         from flows import operations
 
+        if not has_server:
+            operations.start_temporary_server()
         arguments = {key: str(value) for key, value in asked.items() if isinstance(value, Path)}
         arguments |= {key: [str(v) for v in value] for key, value in asked.items() if isinstance(value, tuple)}
         flow = getattr(operations, command)
@@ -319,10 +321,8 @@ def main() -> None:
     except KeyboardInterrupt:
         _stop("interrupted; run the same command again to go on from here", EXIT_INTERRUPTED)
     except Exception as error:
-        from flows.failures import exit_code_of, was_interrupted
+        from flows.failures import exit_code_of
 
-        if was_interrupted(error):
-            _stop("interrupted; run the same command again to go on from here", EXIT_INTERRUPTED)
         code = exit_code_of(error)
         if code is None:
             raise

@@ -13,13 +13,3 @@ def exit_code_of(error: BaseException) -> int | None:
     if isinstance(error, MoviedreamerError | StorageError | WeightsError):
         return 1
     return None
-
-
-def was_interrupted(error: BaseException) -> bool:
-    """Whether an error only followed from Ctrl-C, such as a connection to a server that Ctrl-C ended too."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, KeyboardInterrupt):
-            return True
-        seen = seen.__context__
-    return False

@@ -1,20 +1,18 @@
 """The commands as Prefect flows. Each call computes what the catalog does not have yet, and nothing else."""
 
-import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.server.api.server import SubprocessASGIServer
 
 from flows.commands import Request, Walked, walk
 from flows.pipeline import Pipeline, Workspace, open_executor
 from flows.profile import ExplainedProfile
 from flows.tasks import make_runner
-
-log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -31,7 +29,6 @@ def running(request: Request, profile: str, workspace: str, settings: list[str])
         state = "done"
     except KeyboardInterrupt:
         state = "interrupted"
-        _leave_temporary_server()
         raise
     finally:
         opened.catalog.end_run(run_id, state, Walked(pipeline).summary())
@@ -40,11 +37,17 @@ def running(request: Request, profile: str, workspace: str, settings: list[str])
         opened.catalog.close()
 
 
-def _leave_temporary_server() -> None:
-    """Ctrl-C reaches a temporary Prefect server too: do not wait for what it will never answer."""
-    if PREFECT_API_URL.value() is None:
-        logging.getLogger("prefect").setLevel(logging.CRITICAL)
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}).__enter__()  # the process ends within this context
+def start_temporary_server() -> None:
+    """Start Prefect's temporary server, deaf to Ctrl-C, which a terminal sends to every process of the command.
+
+    The server has to outlive it by a moment: it is told how the run ended, and only then stopped by this process.
+    A process inherits the signals that are blocked where it is started.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        SubprocessASGIServer().start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _perform(request: Request, profile: str, workspace: str, settings: list[str]) -> dict[str, Any]:

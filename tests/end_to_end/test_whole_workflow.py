@@ -117,7 +117,7 @@ def test_interrupt_leaves_a_state_from_which_the_next_call_goes_on(home, tmp_pat
             break
     os.killpg(started.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
     rest = started.stderr.read()
-    assert started.wait(300) == 130, rest[-3000:]
+    assert started.wait(60) == 130, rest[-3000:]
     started.stderr.close()
     assert "run the same command again" in rest
     assert {kind for kind, _ in artifacts(tmp_path)} <= {"keyframes", "people"}
