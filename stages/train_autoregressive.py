@@ -56,6 +56,10 @@ class TrainAutoregressiveConfig(StageConfig):
     )
     flip_probability: float = Field(0.5, ge=0, le=1, description="chance that a window is mirrored")
     reverse_probability: float = Field(0.5, ge=0, le=1, description="chance that a window runs backwards")
+    montage_probability: float = Field(
+        0.0, ge=0, le=1, description="chance that a window cuts from one place to another; not in the paper, for films "
+        "with few cuts"
+    )  # fmt: skip
     references: int = Field(10, ge=0, description="reference frames that may be prepended")
     reference_probability: float = Field(0.5, ge=0, le=1, description="chance that they are")
     shuffles: int = Field(8, ge=1, description="random exchanges of scripts in the held-out comparison")
@@ -70,7 +74,7 @@ class TrainAutoregressiveConfig(StageConfig):
 
 SPEC = StageSpec(
     name="train_autoregressive",
-    version=1,
+    version=2,
     implementation="stages.train_autoregressive:TrainAutoregressive",
     inputs=("tokens",),
     output="autoregressive",
@@ -197,11 +201,9 @@ class TrainAutoregressive:
         """
         from models.sequence import build_sequence
 
-        config, runs = self._config, keyframes.runs("train")
-        sizes = np.asarray([len(run) for run in runs], float)
-        run = runs[rng.choice(len(runs), p=sizes / sizes.sum())]
-        start = int(rng.integers(max(1, len(run) - config.window_frames + 1)))
-        window = run[start : start + config.window_frames]
+        config, size = self._config, self._config.window_frames
+        cut = int(rng.integers(1, size)) if size > 1 and rng.random() < config.montage_probability else size
+        window = [row for part in (cut, size - cut) if part for row in _draw_stretch(keyframes, part, rng)]
         mirrored = bool(rng.random() < config.flip_probability)
         references: list[np.ndarray] = []
         if rng.random() < config.reference_probability:
@@ -264,6 +266,15 @@ class TrainAutoregressive:
                 metrics[f"nll_gaussian_{name}"] = gaussian.nll(torch.from_numpy(heldout), correlated)
             metrics["gaussian_shrinkage"] = gaussian.shrinkage
         return metrics
+
+
+def _draw_stretch(keyframes: "TokenTable", frames: int, rng: np.random.Generator) -> list[int]:
+    """Rows of consecutive training keyframes; fewer where a film has no such long run."""
+    runs = keyframes.runs("train")
+    sizes = np.asarray([len(run) for run in runs], float)
+    run = runs[rng.choice(len(runs), p=sizes / sizes.sum())]
+    start = int(rng.integers(max(1, len(run) - frames + 1)))
+    return run[start : start + frames]
 
 
 def _training_tokens(keyframes: "TokenTable") -> Any:

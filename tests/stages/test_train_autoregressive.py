@@ -169,6 +169,17 @@ def test_windows_are_consecutive_training_frames_flipped_and_reversed(trunk: str
     assert seen == {(1, False), (1, True), (-1, False), (-1, True)}
 
 
+def test_montage_cuts_a_window_once_between_two_stretches(trunk: str, tmp_path: Path) -> None:
+    cuts = []
+    for window in draw_windows(trunk, tmp_path, 40, montage_probability=1.0, window_frames=6):
+        frames = find_frames(window, Kind.TOKEN)
+        assert len(frames) == 6
+        joins = [a[0] != b[0] or abs(b[1] - a[1]) != 1 for a, b in pairwise(frames)]
+        assert sum(joins) <= 1
+        cuts += [place for place, cut in enumerate(joins) if cut]
+    assert set(cuts) == {0, 1, 2, 3, 4}
+
+
 def test_references_come_from_outside_the_window(trunk: str, tmp_path: Path) -> None:
     counts = set()
     for window in draw_windows(trunk, tmp_path, 30):
