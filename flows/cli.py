@@ -12,25 +12,25 @@ from typing import Any
 
 import click
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+from flows.cli_artifacts import artifacts, quarantine
+from flows.cli_backfill import backfill, plan
+from flows.terminal import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    common,
+    json_option,
+    open_workspace,
+    print_table,
+    start_prefect,
+    workspace_option,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="moviedreamer")
 def cli() -> None:
     """From films to a trained long-story model to new films."""
-
-
-def common(command: Any) -> Any:
-    """Options of every command that works in a workspace."""
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
-        click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override a setting."),
-        click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path)),
-        click.option("--profile", default="embedded", show_default=True, help="A profile's name or YAML file."),
-    ):
-        command = option(command)
-    return command
 
 
 @cli.command()
@@ -83,83 +83,19 @@ def evaluate(**common: Any) -> None:
 
     opened = _perform("evaluate", quiet=True, **common)
     rows = evaluation_rows(opened)
-    _print_table(rows, common["as_json"], ("name", "value", "unit", "better"))
+    print_table(rows, common["as_json"], ("name", "value", "unit", "better"))
 
 
 @cli.command()
 @click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
+@json_option
+@workspace_option
 def report(out: Path, as_json: bool, workspace: Path) -> None:
     """One HTML page with everything the workspace holds; it opens without a server."""
     from flows.report_data import write_report
 
-    write_report(_open(workspace), out)
+    write_report(open_workspace(workspace), out)
     click.echo(json.dumps({"report": str(out)}) if as_json else f"report: {out}")
-
-
-@cli.group()
-def artifacts() -> None:
-    """What the workspace holds."""
-
-
-@artifacts.command("list")
-@click.option("--kind", help="Only this kind.")
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
-def list_artifacts(kind: str | None, as_json: bool, workspace: Path) -> None:
-    """Every artifact, oldest first."""
-    rows = [a.as_dict() for a in _open(workspace).catalog.artifacts() if kind in (None, a.kind)]
-    short = [row | {"digest": row["digest"][:12]} for row in rows]
-    _print_table(rows if as_json else short, as_json, ("id", "subject", "rows", "bytes", "digest", "created_at"))
-
-
-@artifacts.command("show")
-@click.argument("artifact_id", metavar="ID")
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
-def show_artifact(artifact_id: str, as_json: bool, workspace: Path) -> None:
-    """One artifact: recipe, counts, files and where they lie."""
-    from stages.errors import UsageError
-
-    opened = _open(workspace)
-    artifact = opened.catalog.artifact(artifact_id)
-    if artifact is None:
-        raise UsageError(f"no artifact '{artifact_id}' in {workspace}: `moviedreamer artifacts list` names them")
-    details = artifact.as_dict() | {
-        "recipe": artifact.recipe, "counts": artifact.counts, "summary": artifact.summary,
-    }  # fmt: skip
-    for entry in details["files"]:
-        entry["path"] = f"{opened.store.uri}/{entry['key']}"
-    click.echo(json.dumps(details, indent=None if as_json else 2))
-
-
-@artifacts.command()
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
-def verify(as_json: bool, workspace: Path) -> None:
-    """Read every file of every artifact and compare it with its digest."""
-    from storage.errors import StorageError
-
-    opened = _open(workspace)
-    checked, problems = {}, []
-    for artifact in opened.catalog.artifacts():
-        for stored in artifact.files:
-            if stored.digest not in checked:
-                try:
-                    opened.store.verify(stored)
-                    checked[stored.digest] = None
-                except StorageError as error:
-                    checked[stored.digest] = str(error)
-            if checked[stored.digest]:
-                problems.append({"artifact": artifact.id, "file": stored.name, "problem": checked[stored.digest]})
-    if as_json:
-        click.echo(json.dumps({"files": len(checked), "problems": problems}))
-    else:
-        for problem in problems:
-            click.echo(f"{problem['artifact']}: {problem['problem']}")
-        click.echo(f"{len(checked)} files read, {len(problems)} problems")
-    sys.exit(EXIT_FAILED if problems else 0)
 
 
 @cli.group()
@@ -170,13 +106,13 @@ def profile() -> None:
 @profile.command("show")
 @click.option("--profile", "name", default="embedded", show_default=True)
 @click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE")
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def show_profile(name: str, settings: tuple[str, ...], as_json: bool) -> None:
     """Every setting in force, and where it comes from."""
     from flows.profile import ExplainedProfile
 
     rows = ExplainedProfile(name, settings).rows()
-    _print_table(rows, as_json, ("setting", "value", "from"))
+    print_table(rows, as_json, ("setting", "value", "from"))
 
 
 @cli.group()
@@ -185,7 +121,7 @@ def weights() -> None:
 
 
 @weights.command("list")
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 def list_weights(as_json: bool) -> None:
     """What there is, its licence, where it comes from, and whether it is here."""
     from models.weights import TABLE, missing_files
@@ -197,7 +133,7 @@ def list_weights(as_json: bool) -> None:
         }
         for name, w in TABLE.items()
     ]  # fmt: skip
-    _print_table(rows, as_json, ("name", "size_mb", "present", "licence", "purpose"))
+    print_table(rows, as_json, ("name", "size_mb", "present", "licence", "purpose"))
 
 
 @weights.command()
@@ -213,14 +149,14 @@ def pull(names: tuple[str, ...], weights_dir: Path | None) -> None:
 
 @cli.command()
 @click.option("--profile", "name", default="embedded", show_default=True)
-@click.option("--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True)
+@workspace_option
+@json_option
 def doctor(name: str, workspace: Path, as_json: bool) -> None:
     """What this machine has, what the profile needs, what is missing and how to get it."""
     from flows.doctor import examine
 
     rows = examine(name, workspace)
-    _print_table(rows, as_json, ("check", "ok", "found", "remedy"))
+    print_table(rows, as_json, ("check", "ok", "found", "remedy"))
     sys.exit(0 if all(row["ok"] for row in rows) else EXIT_FAILED)
 
 
@@ -231,23 +167,19 @@ def _perform(
     """Plan; start Prefect and Ray only where something is to be done; print what happened."""
     from flows.commands import Request, walk
     from flows.pipeline import Pipeline
-    from flows.profile import ExplainedProfile, prepare_prefect, require_weights
+    from flows.profile import ExplainedProfile, require_weights
 
     started = time.perf_counter()
     request = Request(command, **asked)
     explained = ExplainedProfile(profile, settings)
-    opened = _open(workspace)
+    opened = open_workspace(workspace)
     plan = Pipeline(opened, explained.profile)
     walked = walk(plan, request)
     if plan.todo:
         first = plan.todo[0]
         click.echo(f"to do: {first.stage} of {first.subject} ({first.reason}) and what follows", err=True)
         require_weights(explained.profile)
-        has_server = prepare_prefect(opened.folder)
-        from flows import operations
-
-        if not has_server:
-            operations.start_temporary_server()
+        operations = start_prefect(opened)
         arguments = {key: str(value) for key, value in asked.items() if isinstance(value, Path)}
         arguments |= {key: [str(v) for v in value] for key, value in asked.items() if isinstance(value, tuple)}
         flow = getattr(operations, command)
@@ -282,28 +214,8 @@ def _print_summary(summary: dict[str, Any], as_json: bool, nothing_to_do: bool) 
             click.echo(f"{name}: {summary[name]}")
 
 
-def _print_table(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:
-    if as_json:
-        click.echo(json.dumps(rows))
-        return
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    for line in [list(columns), *cells]:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
-
-
-def _open(workspace: Path) -> Any:
-    from flows.pipeline import Workspace
-
-    return Workspace.open(workspace)
+for _command in (plan, backfill, artifacts, quarantine):
+    cli.add_command(_command)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,12 @@ class Walked:
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
         pipeline = self.pipeline
+        computed = Counter()
+        for report in pipeline.reports:
+            computed[report.stage] += len(report.done)
         return {
             "fresh": pipeline.fresh,
-            "computed": {r.stage: len(r.done) for r in pipeline.reports},
+            "computed": dict(computed),
             "failed": [
                 {"subject": subject, "stage": stage, "error": error}
                 for subject, (stage, error) in sorted(pipeline.failed.items())

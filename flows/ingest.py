@@ -1,11 +1,12 @@
 """Films in, a snapshot of training shards out. Read top to bottom, this is the list of stages."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from flows.pipeline import Pipeline
 from flows.sources import Film
 from stages import captions, faces, identities, keyframes, people, scripts, shards
 from stages.shards import shard_of
+from stages.spec import StageSpec
 from storage.artifacts import digest_json
 
 FILM_STAGES = (
@@ -20,8 +21,20 @@ HELDOUT_SPLITS = {"test", "val", "valid", "validation", "heldout"}
 NEWEST_SNAPSHOT = "snapshot/newest"
 
 
-def ingest_films(pipeline: Pipeline, films: Iterable[Film]) -> None:
-    """Take films through every stage that looks at one film alone."""
+def ingest_films(
+    pipeline: Pipeline,
+    films: Iterable[Film],
+    stages: Sequence[StageSpec] = FILM_STAGES,
+    states: Collection[str] = ("missing", "stale"),
+) -> None:
+    """Take films through every stage that looks at one film alone.
+
+    Args:
+        pipeline: The walk.
+        films: What to take through it.
+        stages: Stages to compute; a stage that is left out has to be fresh, or what follows from it waits.
+        states: What to compute: `missing`, `stale` or both.
+    """
     films = list(films)
     for spec in FILM_STAGES:
         works = []
@@ -33,7 +46,7 @@ def ingest_films(pipeline: Pipeline, films: Iterable[Film]) -> None:
             found = {kind: pipeline.get(kind, film.film_id) for kind in spec.inputs}
             if all(found.values()):
                 works.append(pipeline.work(spec, film.film_id, {kind: [a] for kind, a in found.items() if a}))
-        pipeline.step(spec, works)
+        pipeline.step(spec, works, states if spec in stages else ())
 
 
 def pack_shards(pipeline: Pipeline, splits: dict[str, str | None]) -> str | None:
@@ -52,12 +65,17 @@ def pack_shards(pipeline: Pipeline, splits: dict[str, str | None]) -> str | None
     for index, film_ids in sorted(members.items()):
         inputs = {kind: [a for f in film_ids if (a := pipeline.get(kind, f))] for kind in shards.SPEC.inputs}
         heldout = tuple(f for f in film_ids if (splits[f] or "").lower() in HELDOUT_SPLITS)
-        works.append(pipeline.work(shards.SPEC, f"shard-{index:05d}", inputs, heldout_films=heldout))
+        works.append(pipeline.work(shards.SPEC, shard_name(index), inputs, heldout_films=heldout))
     pipeline.step(shards.SPEC, works)
     made = [a for work in works if (a := pipeline.get("shards", work.subject))]
     if len(made) < len(works) or not made:
         return None
     return _name_snapshot(pipeline, [a.id for a in made], digest_json([a.digest for a in made]))
+
+
+def shard_name(index: int) -> str:
+    """The subject of a shard."""
+    return f"shard-{index:05d}"
 
 
 def _adopt(pipeline: Pipeline, film_id: str) -> bool:

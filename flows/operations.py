@@ -1,6 +1,9 @@
 """The commands as Prefect flows. Each call computes what the catalog does not have yet, and nothing else."""
 
+import logging
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,18 +12,29 @@ from typing import Any
 from prefect import flow
 from prefect.server.api.server import SubprocessASGIServer
 
+from flows.backfill import (
+    BackfillRequest,
+    Reprocess,
+    check_budget,
+    finish,
+    judge_estimate,
+    plan_backfill,
+    run_batch,
+)
 from flows.commands import Request, Walked, walk
 from flows.pipeline import Pipeline, Workspace, open_executor
 from flows.profile import ExplainedProfile
 from flows.tasks import make_runner
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
-def running(request: Request, profile: str, workspace: str, settings: list[str]) -> Iterator[Pipeline]:
+def running(command: str, profile: str, workspace: str, settings: list[str]) -> Iterator[Pipeline]:
     """A pipeline that computes, with its workers, noted as a run in the catalog."""
     explained = ExplainedProfile(profile, tuple(settings))
     opened = Workspace.open(Path(workspace))
-    run_id = opened.catalog.start_run(request.command)
+    run_id = opened.catalog.start_run(command)
     state, pipeline = "failed", Pipeline(opened, explained.profile)
     executor = open_executor(opened, explained.profile)
     try:
@@ -41,17 +55,22 @@ def start_temporary_server() -> None:
     """Start Prefect's temporary server, deaf to Ctrl-C, which a terminal sends to every process of the command.
 
     The server has to outlive it by a moment: it is told how the run ended, and only then stopped by this process.
-    A process inherits the signals that are blocked where it is started.
+    A process inherits the signals that are blocked where it is started. Where this process is killed, so that it stops
+    nothing, a shell that waits for the end of its standard input stops the server.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        SubprocessASGIServer().start()
+        server = SubprocessASGIServer()
+        server.start()
+        if server.server_process is not None:
+            watch = ["sh", "-c", 'cat; kill "$1" 2>/dev/null', "sh", str(server.server_process.pid)]
+            subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _perform(request: Request, profile: str, workspace: str, settings: list[str]) -> dict[str, Any]:
-    with running(request, profile, workspace, settings) as pipeline:
+    with running(request.command, profile, workspace, settings) as pipeline:
         return walk(pipeline, request).summary()
 
 
@@ -105,3 +124,32 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the newest generation and the models behind it."""
     return _perform(Request("evaluate"), profile, workspace, settings or [])
+
+
+@flow(name="backfill", validate_parameters=True)
+def backfill(
+    select: str | None = None,
+    films: str | None = None,
+    reprocess: Reprocess = "all",
+    batch_films: int = 50,
+    backwards: bool = False,
+    profile: str = "embedded",
+    workspace: str = "./workspace",
+    settings: list[str] | None = None,
+) -> dict[str, Any]:
+    """Bring what is missing, failed or stale up to date, batch by batch."""
+    request = BackfillRequest(select, films, reprocess, batch_films, backwards)
+    started = time.monotonic()
+    with running("backfill", profile, workspace, settings or []) as pipeline:
+        planned = plan_backfill(pipeline, request)
+        log.info("backfill: %d batches of films", len(planned.batches))
+        done: list[dict[str, int]] = []
+        for number, film_ids in enumerate(planned.batches, 1):
+            batch = flow(name="backfill-batch", flow_run_name=f"batch {number} of {len(planned.batches)}")(
+                lambda film_ids: run_batch(pipeline, request, film_ids)
+            )
+            done.append(batch(film_ids))
+            check_budget(done, pipeline.profile.engine.failure_budget)
+        snapshot = finish(pipeline, request)
+        summary = Walked(pipeline).summary() | {"batches": done, "snapshot": snapshot}
+    return summary | judge_estimate(planned.plan, time.monotonic() - started)

@@ -5,7 +5,7 @@ computed, or, in a plan, noted as to do; what depends on them is then noted as w
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,8 @@ class Pipeline:
     fresh: int = 0
     _made: dict[tuple[str, str], Artifact] = field(default_factory=dict)
 
-    def step(self, spec: StageSpec, works: Iterable[Work]) -> None:
-        """One stage on its subjects."""
+    def step(self, spec: StageSpec, works: Iterable[Work], states: Collection[str] = ("missing", "stale")) -> None:
+        """One stage on its subjects. What is in none of `states` stays as it is, and what follows waits for it."""
         stale = []
         for work in works:
             decision = decide(self.workspace.catalog, spec.output, work.subject, work.recipe)
@@ -96,6 +96,8 @@ class Pipeline:
                 self._make_current(decision.artifact)
             elif decision.state == "failed":
                 self.failed[work.subject] = (spec.name, decision.reason)
+            elif decision.state not in states:
+                continue
             elif self.runner is None:
                 self.todo.append(Todo(spec.name, work.subject, decision.state, decision.reason))
             else:
@@ -157,7 +159,8 @@ def open_executor(workspace: Workspace, profile: Profile) -> Executor:
         return InlineExecutor(settings)
     from stages.cluster import RayExecutor
 
-    return RayExecutor(settings, profile.engine.ray_address, profile.engine.cpus)
+    engine = profile.engine
+    return RayExecutor(settings, engine.ray_address, engine.cpus, engine.max_concurrent)
 
 
 def compute(

@@ -41,6 +41,10 @@ class EngineConfig(BaseModel):
     ray_address: str | None = Field(None, description="host:port of a Ray cluster; none starts Ray on this machine")
     cpus: int | None = Field(None, ge=1, description="cores for a Ray on this machine; none takes all")
     weights_dir: Path | None = Field(None, description="folder of weights; none is ~/.cache/moviedreamer/weights")
+    max_concurrent: int | None = Field(None, ge=1, description="most units at once; none takes what the cores allow")
+    failure_budget: float | None = Field(
+        0.05, ge=0, le=1, description="share of films that may fail before a backfill stops; none for any"
+    )
 
 
 class GenerateConfig(BaseModel):

@@ -121,6 +121,18 @@ def read_catalogue(path: Path) -> list[Source]:
     return sources
 
 
+def listed_films(chosen: str) -> dict[str, Source] | None:
+    """Films of a catalogue by id, or None where `chosen` names no catalogue.
+
+    Raises:
+        CatalogueError: The catalogue cannot be used.
+    """
+    path = Path(chosen).expanduser()
+    if path.suffix.lower() not in CATALOGUE_SUFFIXES or not path.is_file():
+        return None
+    return {source.film_id: source for source in read_catalogue(path)}
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq

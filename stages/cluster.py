@@ -71,11 +71,17 @@ class RayExecutor:
         settings: For the workers.
         address: A cluster's `host:port`; None starts a local Ray.
         cpus: Cores for a local Ray; None takes what this process may use.
+        max_concurrent: Most units at once; None takes what the cores allow.
         temp_dir: Folder of a local Ray's sockets and logs; short, because socket paths are bounded.
     """
 
     def __init__(
-        self, settings: WorkerSettings, address: str | None, cpus: int | None, temp_dir: Path | None = None
+        self,
+        settings: WorkerSettings,
+        address: str | None,
+        cpus: int | None,
+        max_concurrent: int | None = None,
+        temp_dir: Path | None = None,
     ) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a busy desktop starves the workers
@@ -93,7 +99,7 @@ class RayExecutor:
             local = {"num_cpus": cpus or len(os.sched_getaffinity(0)), "object_store_memory": OBJECT_STORE_BYTES}
             folder = {"_temp_dir": str(temp_dir)} if temp_dir else {}
             ray.init(address="local", include_dashboard=False, **local, **folder, **quiet)
-        self._total = ray.cluster_resources()
+        self._total, self._max_concurrent = ray.cluster_resources(), max_concurrent
         self._board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
         self._pool: list[Any] = []
         self._shape: tuple[float, float] | None = None
@@ -158,6 +164,7 @@ class RayExecutor:
         room = int(self._total.get("CPU", 1.0) // cpus)
         if gpus:
             room = min(room, int(self._total["GPU"] // gpus))
+        room = min(room, self._max_concurrent or room)
         if self._shape != (cpus, gpus):
             self._release()
             self._shape = (cpus, gpus)

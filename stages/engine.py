@@ -173,7 +173,12 @@ class Engine:
 
     def _record(self, work: Work, unit: Unit, result: UnitResult, attempts: int) -> None:
         key = (work.spec.name, work.subject, unit.fingerprint, unit.index)
-        self._catalog.save_unit(key, "failed" if result.error else "done", attempts, result.as_dict())
+        if result.error is None:
+            self._catalog.save_unit(key, "done", attempts, result.as_dict())
+            return
+        inputs = {role: [f.key for f in files] for role, files in unit.inputs.items()}
+        facts = {"inputs": inputs, "source": unit.rows[0] if unit.rows else None, "version": work.spec.version}
+        self._catalog.save_unit(key, "failed", attempts, result.as_dict() | facts)
 
     def _settle(self, item: "_Pending", report: StageReport) -> None:
         """Commit a subject whose units are all there; report one that has failed."""

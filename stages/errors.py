@@ -9,6 +9,7 @@ MoviedreamerError           anything below; the command line prints its text and
 +-- FilmError               one film cannot be used; other films go on
 +-- StageError              a stage broke its own contract (a bug in the stage)
 +-- ComputationError        a stage could not produce its result from good inputs
++-- FailureBudgetError      so many films failed that a run was stopped
 
 Storage has its own small tree in `storage/errors.py`, because storage knows nothing of stages.
 Each message says what went wrong, the offending value, what was expected and what to do.
@@ -49,3 +50,7 @@ class StageError(MoviedreamerError):
 
 class ComputationError(MoviedreamerError):
     """A stage failed on inputs that were good."""
+
+
+class FailureBudgetError(MoviedreamerError):
+    """So many films failed that going on would only fail more of them."""

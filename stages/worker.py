@@ -72,8 +72,9 @@ class UnitResult:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "UnitResult":
-        """The inverse of `as_dict`."""
-        return UnitResult(**(values | {"files": tuple(StoredFile(**f) for f in values["files"])}))
+        """The inverse of `as_dict`; what else the catalog keeps beside it is left out."""
+        known = {name: values[name] for name in UnitResult.__dataclass_fields__}
+        return UnitResult(**(known | {"files": tuple(StoredFile(**f) for f in values["files"])}))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from storage.objects import ObjectStore, StoredFile
 
 ROW_GROUP_ROWS = 64
+
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,30 @@ class Recipe:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the recipe in canonical JSON."""
-        return digest_json(asdict(self))
+        return Fingerprinter(self.stage, self.version, self.config, self.weights).of(self.inputs)
+
+
+class Fingerprinter:
+    """Fingerprints of recipes that differ in their inputs alone: a plan makes one for every film and stage.
+
+    Args:
+        stage, version, config, weights: As of a `Recipe`.
+    """
+
+    def __init__(self, stage: str, version: int, config: Mapping[str, Any], weights: Mapping[str, str]) -> None:
+        self._before = f'{{"config":{_canonical(config)},"inputs":'
+        self._after = f',"stage":{_canonical(stage)},"version":{version},"weights":{_canonical(weights)}}}'
+
+    def of(self, inputs: Mapping[str, Sequence[str]]) -> str:
+        """The fingerprint of the recipe with these inputs."""
+        return hashlib.sha256((self._before + _canonical(inputs) + self._after).encode()).hexdigest()
+
+    def with_roles(self, roles: Iterable[str]) -> Callable[[Sequence[str]], str]:
+        """A quick `of` for inputs of one artifact a role: takes their digests, in the order of the sorted roles."""
+        before, after = (text.replace("%", "%%") for text in (self._before, self._after))
+        pattern = f"{before}{{{','.join(f'{_canonical(role)}:[%s]' for role in sorted(roles))}}}{after}"
+        pattern = pattern.replace("[%s]", '["%s"]')
+        return lambda digests: hashlib.sha256((pattern % tuple(digests)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,7 @@ class Artifact:
 
 def digest_json(value: Any) -> str:
     """SHA-256 of a JSON value, independent of key order."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()
 
 
 def artifact_id(kind: str, subject: str, fingerprint: str) -> str:

@@ -6,8 +6,8 @@ SQLite in WAL mode in a local workspace; any SQLAlchemy URL elsewhere, with the 
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,10 @@ class Catalog:
 
     def films(self) -> list[dict[str, Any]]:
         """All films, by id."""
+        names = [column.name for column in film.c]
         with self._engine.connect() as connection:
-            return [dict(row) for row in connection.execute(sa.select(film).order_by(film.c.film_id)).mappings()]
+            rows = connection.execute(sa.select(film).order_by(film.c.film_id)).all()
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
     # Artifacts
 
@@ -210,6 +212,14 @@ class Catalog:
         target = self.get_ref(current_ref(kind, subject))
         return self.artifact(target) if target else None
 
+    def run_of(self, artifact_id: str) -> dict[str, Any] | None:
+        """The run that made an artifact: `id, command, state, started_at, ended_at`; None where it is not known."""
+        columns = sa.select(run.c.id, run.c.command, run.c.state, run.c.started_at, run.c.ended_at)
+        query = columns.join(artifact, artifact.c.run_id == run.c.id).where(artifact.c.id == artifact_id)
+        with self._engine.connect() as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        return dict(row) if row else None
+
     def set_current(self, made: Artifact) -> None:
         """Make a fresh artifact the current one of its subject (after a setting went back to an earlier value)."""
         self.set_ref(current_ref(made.kind, made.subject), made.id)
@@ -217,6 +227,28 @@ class Catalog:
     def artifacts(self) -> list[Artifact]:
         """All artifacts, oldest first."""
         return self._select()
+
+    def outline(self, kind: str) -> Sequence[Any]:
+        """Subject, fingerprint and content digest of every artifact of a kind, in no order."""
+        columns = sa.select(artifact.c.subject, artifact.c.fingerprint, artifact.c.digest)
+        with self._engine.connect() as connection:
+            return connection.execute(columns.where(artifact.c.kind == kind)).all()
+
+    def current_recipes(self, kind: str, subjects: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The recipe of the current artifact of each subject that has one."""
+        query = sa.select(artifact.c.subject, artifact.c.recipe).join(ref, ref.c.target == artifact.c.id)
+        found: dict[str, dict[str, Any]] = {}
+        with self._engine.connect() as connection:
+            for some in _chunks([current_ref(kind, subject) for subject in subjects]):
+                found |= {row.subject: row.recipe for row in connection.execute(query.where(ref.c.name.in_(some)))}
+        return found
+
+    def costs(self, kind: str, count: int) -> list[tuple[float, int]]:
+        """Seconds of work and bytes of the newest artifacts of a kind."""
+        query = sa.select(artifact.c.seconds, artifact.c.files).where(artifact.c.kind == kind)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(artifact.c.created_at.desc()).limit(count))
+            return [(row.seconds, sum(file["bytes"] for file in row.files)) for row in rows]
 
     def _select(self, *where: Any) -> list[Artifact]:
         with self._engine.connect() as connection:
@@ -230,10 +262,28 @@ class Catalog:
                 inputs.setdefault(pair.artifact_id, []).append(pair.input_id)
         return [_artifact(dict(row), inputs[row["id"]]) for row in rows]
 
+    def reached(self) -> set[str]:
+        """What refs point at and snapshots list."""
+        with self._engine.connect() as connection:
+            targets = set(connection.execute(sa.select(ref.c.target)).scalars())
+            for ids in connection.execute(sa.select(snapshot.c.artifact_ids)).scalars():
+                targets |= set(ids)
+        return targets
+
+    def delete_artifacts(self, ids: Iterable[str]) -> None:
+        """Forget artifacts and their edges; their objects stay."""
+        with self._engine.begin() as connection:
+            for some in _chunks(list(ids)):
+                connection.execute(sa.delete(edge).where(edge.c.artifact_id.in_(some)))
+                connection.execute(sa.delete(artifact).where(artifact.c.id.in_(some)))
+
     # Units: what a film's computation has reached, until the film is committed
 
     def save_unit(self, key: tuple[str, str, str, int], state: str, attempts: int, result: Mapping[str, Any]) -> None:
-        """Record a unit's state (`done`, `failed`) with its result or error."""
+        """Record a unit's state (`done`, `failed`) with its result or error.
+
+        A failure that follows an earlier one adds its attempts and keeps `first_seen`.
+        """
         stage, subject, fingerprint, index = key
         where = (
             unit.c.stage == stage,
@@ -241,9 +291,20 @@ class Catalog:
             unit.c.fingerprint == fingerprint,
             unit.c.unit_index == index,
         )
-        values = {"state": state, "attempts": attempts, "result": dict(result), "updated_at": utc_now()}
+        now = utc_now()
+        values = {"state": state, "attempts": attempts, "result": dict(result), "updated_at": now}
         names = {"stage": stage, "subject": subject, "fingerprint": fingerprint, "unit_index": index}
         with self._engine.begin() as connection:
+            known = sa.select(unit.c.state, unit.c.attempts, unit.c.result).where(*where)
+            before = connection.execute(known).one_or_none()
+            if before is not None and before.state == "done":  # of the same try, whose items turned out to have failed
+                values["attempts"] = before.attempts
+            elif before is not None:
+                values["attempts"] += before.attempts
+            if first_seen := before.result.get("first_seen") if before else None:
+                values["result"]["first_seen"] = first_seen
+            elif state == "failed":
+                values["result"]["first_seen"] = now
             connection.execute(sa.delete(unit).where(*where))
             connection.execute(sa.insert(unit).values(**names, **values))
 
@@ -255,11 +316,30 @@ class Catalog:
         with self._engine.connect() as connection:
             return {row["unit_index"]: dict(row) for row in connection.execute(query).mappings()}
 
+    def unit_keys(self) -> set[str]:
+        """Keys of the objects that units have written for computations that have not ended."""
+        with self._engine.connect() as connection:
+            results = connection.execute(sa.select(unit.c.result).where(unit.c.state == "done")).scalars()
+            return {StoredFile(**file).key for result in results for file in result["files"]}
+
     def failures(self) -> list[dict[str, Any]]:
         """Every unit that failed, newest first."""
         query = sa.select(unit).where(unit.c.state == "failed").order_by(unit.c.updated_at.desc())
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
+
+    def forget_failures(self, subjects: Iterable[str]) -> int:
+        """Let every failed computation of some subjects be tried again; returns how many there were."""
+        count = 0
+        with self._engine.begin() as connection:
+            for some in _chunks(list(subjects)):
+                forgotten = sa.update(unit).where(unit.c.state == "failed", unit.c.subject.in_(some))
+                count += connection.execute(forgotten.values(state="forgotten")).rowcount
+        return count
+
+    def artifacts_with_failed_items(self) -> list[Artifact]:
+        """Artifacts that lack items because computing them failed, oldest first."""
+        return self._select(sa.cast(artifact.c.counts, sa.String).like('%"fail"%'))
 
     # Snapshots and refs
 
@@ -312,10 +392,23 @@ class Catalog:
         with self._engine.begin() as connection:
             connection.execute(sa.update(run).where(run.c.id == run_id).values(**values))
 
+    def active_runs(self) -> list[dict[str, Any]]:
+        """Runs of the last day that have not ended, as far as the catalog knows."""
+        yesterday = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="milliseconds")
+        query = sa.select(run).where(run.c.state == "running", run.c.started_at > yesterday)
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query.order_by(run.c.started_at)).mappings()]
+
 
 def current_ref(kind: str, subject: str) -> str:
     """The name of the ref to a subject's current artifact of a kind."""
     return f"current/{kind}/{subject}"
+
+
+def _chunks(names: list[str], size: int = 500) -> Iterator[list[str]]:
+    """Parts short enough for one SQL statement."""
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
 
 
 def _set_ref(connection: sa.Connection, name: str, target: str) -> None:

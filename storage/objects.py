@@ -5,7 +5,9 @@ second writer changes nothing, and an object, once there, is whole: both kinds o
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -43,6 +45,21 @@ class StoredFile:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object as the store lists it.
+
+    Attributes:
+        key: Where it is.
+        bytes: Its size.
+        modified: When it was written, UTC.
+    """
+
+    key: str
+    bytes: int
+    modified: datetime
 
 
 def digest_file(path: Path) -> str:
@@ -126,9 +143,23 @@ class ObjectStore:
         if found != stored.digest:
             raise ObjectCorruptError(f"{stored.name} in {self.uri} has SHA-256 {found}, expected {stored.digest}")
 
+    def objects(self) -> list[StoredObject]:
+        """Every object in the store, by key."""
+        entries = [entry for batch in obstore.list(self._store) for entry in batch]
+        found = [StoredObject(entry["path"], entry["size"], entry["last_modified"]) for entry in entries]
+        return sorted(found, key=lambda entry: entry.key)
+
     def keys(self) -> list[str]:
         """Every key in the store, sorted."""
-        return sorted(entry["path"] for batch in obstore.list(self._store) for entry in batch)
+        return [entry.key for entry in self.objects()]
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; one that is gone already is no error."""
+        for key in keys:
+            try:
+                obstore.delete(self._store, key)
+            except (NotFoundError, FileNotFoundError):
+                continue
 
 
 def _missing(stored: StoredFile, uri: str) -> str:

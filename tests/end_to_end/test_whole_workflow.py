@@ -93,6 +93,28 @@ def test_a_changed_caption_setting_redoes_captions_and_what_follows(home, first_
     assert set(before) <= set(artifacts(home))
 
 
+def test_an_operator_plans_backfills_and_looks_at_what_failed(home, first_run):
+    settings = ("--profile", PROFILE, "--set", "captions.max_sentences=5")
+    plan = json.loads(call("plan", *settings, "--select", "captions+", "--json", cwd=home).stdout)
+    assert {row["stage"]: row["fresh"] for row in plan["stages"]} == {"captions": 0, "scripts": 0, "shards": 0}
+    assert "captions: config.max_sentences 12 -> 5" in {group["reason"] for group in plan["groups"]}
+    dry = call("backfill", *settings, "--dry-run", cwd=home).stdout
+    assert "2 stale: captions: config.max_sentences 12 -> 5" in dry
+    summary = json.loads(call("backfill", *settings, "--reprocess", "stale", "--json", cwd=home).stdout)
+    assert summary["computed"] == {"captions": 2, "scripts": 2, "shards": 1}
+    assert summary["batches"] == [{"films": 2, "failed": 0, "newly_failed": 0}]
+    assert summary["estimate"]["seconds"] > 0
+    assert call("backfill", *settings, "--reprocess", "missing", cwd=home).stdout.startswith("nothing to do")
+    (failure,) = json.loads(call("quarantine", "list", "--json", cwd=home).stdout)
+    assert (failure["subject"], failure["stage"]) == ("broken.mp4", "keyframes")
+    assert "broken.mp4" in call("quarantine", "show", "broken.mp4", cwd=home).stdout
+    assert "1 released" in call("quarantine", "retry", cwd=home).stdout
+    shard = next(row for (kind, _), row in artifacts(home).items() if kind == "shards")
+    assert "bikes.mp4" in call("artifacts", "why", shard["id"], cwd=home).stdout
+    assert "content: the same" in call("artifacts", "diff", shard["id"], shard["id"], cwd=home).stdout
+    assert "would go" in call("artifacts", "gc", "--dry-run", "--keep", "0", cwd=home).stdout
+
+
 def test_weights_and_numbers_can_be_read_by_machines(home, first_run):
     rows = json.loads(call("evaluate", "--profile", PROFILE, "--json", cwd=home).stdout)
     assert {"name", "value", "unit", "definition", "computed_with", "better"} <= set(rows[0])

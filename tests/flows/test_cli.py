@@ -53,7 +53,7 @@ def test_bad_stories(monkeypatch, capsys, tmp_path, story, message):
     path = tmp_path / "story.json"
     if story:
         path.write_text(story)
-    opened = cli._open(tmp_path / "w")
+    opened = cli.open_workspace(tmp_path / "w")
     opened.catalog.save_snapshot("s", ["shards-1"])
     opened.catalog.set_ref("snapshot/newest", "s")
     code, _, err = call(monkeypatch, capsys, "generate", path, "--workspace", tmp_path / "w")
@@ -91,7 +91,7 @@ def test_artifacts_of_an_empty_workspace(monkeypatch, capsys, tmp_path):
 def test_verify_finds_a_damaged_object(monkeypatch, capsys, tmp_path):
     from tests.storage.test_catalog import make
 
-    opened = cli._open(tmp_path)
+    opened = cli.open_workspace(tmp_path)
     opened.catalog.commit(make())
     code, out, _ = call(monkeypatch, capsys, "artifacts", "verify", "--workspace", tmp_path)
     assert code == 1

@@ -1,0 +1,63 @@
+"""What the commands share: options, opening a workspace, starting Prefect, printing tables. No heavy imports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+workspace_option = click.option(
+    "--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path)
+)
+
+
+def common(command: Any) -> Any:
+    """Options of every command that works in a workspace."""
+    for option in (
+        json_option,
+        click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override a setting."),
+        workspace_option,
+        click.option("--profile", default="embedded", show_default=True, help="A profile's name or YAML file."),
+    ):
+        command = option(command)
+    return command
+
+
+def open_workspace(workspace: Path) -> Any:
+    """The workspace in a folder."""
+    from flows.pipeline import Workspace
+
+    return Workspace.open(workspace)
+
+
+def start_prefect(opened: Any) -> Any:
+    """Prefect's flows, with a server to report to; imported late, because settings have to be there before Prefect."""
+    from flows.profile import prepare_prefect
+
+    has_server = prepare_prefect(opened.folder)
+    from flows import operations
+
+    if not has_server:
+        operations.start_temporary_server()
+    return operations
+
+
+def print_table(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:
+    """Rows as one JSON list, or as a table of some columns."""
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in [list(columns), *cells]:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
