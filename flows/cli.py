@@ -187,7 +187,8 @@ def _perform(
         arguments |= {key: [str(v) for v in value] for key, value in asked.items() if isinstance(value, tuple)}
         flow = getattr(operations, command)
         summary = flow(profile=profile, workspace=str(workspace), settings=list(settings), **arguments)
-    else:
+    else:  # a setting that went back to an earlier value computes nothing, but makes other artifacts current
+        walked = walk(Pipeline(opened, explained.profile, _compute_nothing), request)
         summary = walked.summary()
     if report is not None and summary["movie"] and (plan.todo or not report.is_file()):
         from flows.report_data import write_report
@@ -200,6 +201,12 @@ def _perform(
     if summary["failed"]:
         sys.exit(EXIT_FAILED)
     return opened
+
+
+def _compute_nothing(spec: Any, works: Any) -> Any:
+    from stages.errors import MissingInputError
+
+    raise MissingInputError(f"{spec.name} of {works[0].subject} went while this ran: run the same command again")
 
 
 def _print_summary(summary: dict[str, Any], as_json: bool, nothing_to_do: bool) -> None:
