@@ -21,10 +21,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flows.ingest import FILM_STAGES, ingest_films
-from flows.pipeline import Pipeline, Workspace
+from flows.pipeline import Pipeline
 from flows.plan import STAGES, choose_films, make_plan
 from flows.profile import ExplainedProfile, Profile
 from flows.sources import Film
+from flows.workspace import Workspace
 from models.weights import TABLE
 from storage.artifacts import Recipe, artifact_id, digest_json
 from storage.catalog import artifact, current_ref, film, ref, utc_now

@@ -143,11 +143,10 @@ def gc(keep_days: float, dry_run: bool, as_json: bool, workspace: Path) -> None:
 
     opened = open_workspace(workspace)
     garbage = find_garbage(opened.catalog, opened.store, timedelta(days=keep_days))
-    if not dry_run:
-        remove_garbage(opened.catalog, opened.store, garbage)
+    uploads = 0 if dry_run else remove_garbage(opened.catalog, opened.store, garbage)
     found = {
         "artifacts": [artifact.id for artifact in garbage.artifacts], "objects": len(garbage.objects),
-        "bytes": garbage.bytes, "removed": not dry_run,
+        "bytes": garbage.bytes, "removed": not dry_run, "uploads_ended": uploads,
     }  # fmt: skip
     if as_json:
         click.echo(json.dumps(found))

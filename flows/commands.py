@@ -9,9 +9,10 @@ from typing import Any
 
 from flows.generate import NEWEST_STORY, make_movie, register_references, register_story, retell_films
 from flows.ingest import NEWEST_SNAPSHOT, ingest_films, pack_shards
-from flows.pipeline import Pipeline, Workspace
+from flows.pipeline import Pipeline
 from flows.sources import Film, expand, resolve
 from flows.train import adopt_snapshot, train_models
+from flows.workspace import Workspace
 from stages.errors import FilmError, MissingInputError
 from storage.artifacts import Artifact
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flows.pipeline import Workspace
+from flows.workspace import Workspace
 from stages.errors import UsageError
 from storage.artifacts import Artifact, Recipe
 from storage.plan import explain_change

@@ -22,9 +22,10 @@ from flows.backfill import (
     run_batch,
 )
 from flows.commands import Request, Walked, walk
-from flows.pipeline import Pipeline, Workspace, open_executor
+from flows.pipeline import Pipeline, open_executor
 from flows.profile import ExplainedProfile
 from flows.tasks import make_runner
+from flows.workspace import Workspace
 
 log = logging.getLogger(__name__)
 

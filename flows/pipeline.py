@@ -7,49 +7,19 @@ computed, or, in a plan, noted as to do; what depends on them is then noted as w
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from flows.profile import Profile
+from flows.workspace import Workspace
 from stages.engine import Engine, Executor, StageReport, UnitProgress, Work
 from stages.spec import StageSpec
 from storage.artifacts import Artifact
-from storage.catalog import Catalog
-from storage.objects import ObjectStore
 from storage.plan import decide
 
 log = logging.getLogger(__name__)
 
 Runner = Callable[[StageSpec, Sequence[Work]], StageReport]
 """Computes works of one stage; in a flow, a Prefect task run."""
-
-
-@dataclass
-class Workspace:
-    """A folder with a catalog, objects and scratch.
-
-    Attributes:
-        folder: Where it is.
-        catalog: What exists.
-        store: The bytes.
-    """
-
-    folder: Path
-    catalog: Catalog
-    store: ObjectStore
-
-    @staticmethod
-    def open(folder: Path) -> "Workspace":
-        """Open a workspace, making it where it is absent."""
-        folder = folder.absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite'}")
-        return Workspace(folder, catalog, ObjectStore(str(folder / "objects")))
-
-    @property
-    def scratch(self) -> Path:
-        """Folder of checkpoints and half-made files, safe to delete when nothing runs."""
-        return self.folder / "scratch"
 
 
 @dataclass(frozen=True)

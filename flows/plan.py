@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from flows.ingest import FILM_STAGES, HELDOUT_SPLITS, shard_name
-from flows.pipeline import Workspace
 from flows.profile import Profile
 from flows.sources import listed_films
+from flows.workspace import Workspace
 from models.weights import TABLE
 from stages import keyframes, shards
 from stages.errors import UsageError

@@ -220,6 +220,7 @@ def prepare_prefect(workspace: Path) -> bool:
         home.mkdir(parents=True, exist_ok=True)
         settings["PREFECT_HOME"] = str(home)
         settings["PREFECT_LOGGING_LEVEL"] = "WARNING"
+        settings["PREFECT_CLIENT_MAX_RETRIES"] = "2"  # a temporary server that is gone does not come back
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     return has_server

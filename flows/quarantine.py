@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flows.pipeline import Workspace
+from flows.workspace import Workspace
 from stages.errors import UsageError
 from storage.artifacts import Artifact, read_rows
 

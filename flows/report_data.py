@@ -11,7 +11,6 @@ from typing import Any
 
 from flows.generate import NEWEST_STORY
 from flows.ingest import NEWEST_SNAPSHOT
-from flows.pipeline import Workspace
 from flows.report import (
     CHARACTERS_SHOWN,
     FACES_SHOWN,
@@ -30,6 +29,7 @@ from flows.report import (
     ScriptedKeyframe,
     build_report,
 )
+from flows.workspace import Workspace
 from storage.artifacts import Artifact, read_rows
 
 Row = dict[str, Any]

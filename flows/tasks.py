@@ -21,7 +21,8 @@ from prefect.artifacts import (
 from prefect.cache_policies import NO_CACHE
 from tqdm import tqdm
 
-from flows.pipeline import Runner, Workspace, compute
+from flows.pipeline import Runner, compute
+from flows.workspace import Workspace
 from stages.engine import Executor, StageReport, Work
 from stages.spec import StageSpec
 from storage.artifacts import read_rows

@@ -27,7 +27,7 @@ def common(command: Any) -> Any:
 
 def open_workspace(workspace: Path) -> Any:
     """The workspace in a folder."""
-    from flows.pipeline import Workspace
+    from flows.workspace import Workspace
 
     return Workspace.open(workspace)
 

@@ -15,7 +15,7 @@ from stages.engine import UnitProgress, Work
 from stages.errors import ComputationError
 from stages.spec import StageConfig, StageSpec
 from stages.worker import Unit, UnitResult, Worker, WorkerSettings
-from storage.errors import StoreFullError
+from storage.errors import StoreFullError, StoreUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class RayExecutor:
                         continue
                     result = UnitResult(error=f"killed its worker {MAX_DEATHS} times: {_last_line(error)}")
                 except self._ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, StoreFullError):
+                    if isinstance(error.cause, StoreFullError | StoreUnavailableError):
                         raise error.cause from None
                     raise ComputationError(f"{spec.name}: the worker failed: {error.cause}") from error
                 else:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from stages.errors import FilmError, MoviedreamerError, StageError
 from stages.spec import Fail, Ok, Outcome, Progress, Row, Skip, StageConfig, StageSpec, no_progress
 from storage.artifacts import TableWriter, read_rows
-from storage.errors import StorageError, StoreFullError
+from storage.errors import StorageError, StoreFullError, StoreUnavailableError
 from storage.objects import ObjectStore, StoredFile
 
 REJECTS = pa.schema([("item", pa.string()), ("outcome", pa.string()), ("reason", pa.string())])
@@ -103,13 +103,14 @@ class Worker:
 
         Raises:
             StoreFullError: The store cannot be written.
+            StoreUnavailableError: The store does not answer.
         """
         started = time.perf_counter()
         try:
             stage = self._load(spec, config)
             body = self._run_job if spec.schema is None else self._run_items
             files, counts, summary = body(spec, stage, unit, progress)
-        except StoreFullError:
+        except (StoreFullError, StoreUnavailableError):
             raise
         except OSError as error:
             if error.errno in (28, 122):  # ENOSPC, EDQUOT: everyone's problem, not this unit's

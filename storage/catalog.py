@@ -1,111 +1,21 @@
 """The catalog: which films, artifacts, units, snapshots, refs and runs exist. One transaction commits a result.
 
-SQLite in WAL mode in a local workspace; any SQLAlchemy URL elsewhere, with the same tables.
+Every public method is one transaction; see `storage.database` for what happens while the database is away.
 """
 
 import json
-import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from storage.artifacts import Artifact
+from storage.database import Database, patient, upsert
 from storage.errors import CatalogError
 from storage.objects import StoredFile
-
-NETWORK_FILE_SYSTEMS = {
-    "nfs",
-    "nfs4",
-    "cifs",
-    "smb3",
-    "smbfs",
-    "fuse.sshfs",
-    "9p",
-    "afs",
-    "ceph",
-    "fuse.s3fs",
-    "lustre",
-}
-
-metadata = sa.MetaData()
-
-film = sa.Table(
-    "film",
-    metadata,
-    sa.Column("film_id", sa.String, primary_key=True),
-    sa.Column("uri", sa.String, nullable=False),
-    sa.Column("digest", sa.String, nullable=False),
-    sa.Column("bytes", sa.BigInteger, nullable=False),
-    sa.Column("modified_ns", sa.BigInteger, nullable=False),
-    sa.Column("title", sa.String),
-    sa.Column("year", sa.Integer),
-    sa.Column("split", sa.String),
-    sa.Column("created_at", sa.String, nullable=False),
-)
-artifact = sa.Table(
-    "artifact",
-    metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("kind", sa.String, nullable=False),
-    sa.Column("subject", sa.String, nullable=False),
-    sa.Column("fingerprint", sa.String, nullable=False),
-    sa.Column("digest", sa.String, nullable=False),
-    sa.Column("recipe", sa.JSON, nullable=False),
-    sa.Column("files", sa.JSON, nullable=False),
-    sa.Column("counts", sa.JSON, nullable=False),
-    sa.Column("summary", sa.JSON, nullable=False),
-    sa.Column("seconds", sa.Float, nullable=False),
-    sa.Column("run_id", sa.String),
-    sa.Column("created_at", sa.String, nullable=False),
-    sa.Index("artifact_subject", "kind", "subject"),
-)
-edge = sa.Table(
-    "edge",
-    metadata,
-    sa.Column("artifact_id", sa.String, primary_key=True),
-    sa.Column("position", sa.Integer, primary_key=True),
-    sa.Column("input_id", sa.String, nullable=False),
-)
-unit = sa.Table(
-    "unit",
-    metadata,
-    sa.Column("stage", sa.String, primary_key=True),
-    sa.Column("subject", sa.String, primary_key=True),
-    sa.Column("fingerprint", sa.String, primary_key=True),
-    sa.Column("unit_index", sa.Integer, primary_key=True),
-    sa.Column("state", sa.String, nullable=False),
-    sa.Column("attempts", sa.Integer, nullable=False),
-    sa.Column("result", sa.JSON, nullable=False),
-    sa.Column("updated_at", sa.String, nullable=False),
-)
-snapshot = sa.Table(
-    "snapshot",
-    metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("artifact_ids", sa.JSON, nullable=False),
-    sa.Column("created_at", sa.String, nullable=False),
-)
-ref = sa.Table(
-    "ref",
-    metadata,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("target", sa.String, nullable=False),
-    sa.Column("updated_at", sa.String, nullable=False),
-)
-run = sa.Table(
-    "run",
-    metadata,
-    sa.Column("id", sa.String, primary_key=True),
-    sa.Column("command", sa.String, nullable=False),
-    sa.Column("state", sa.String, nullable=False),
-    sa.Column("summary", sa.JSON, nullable=False),
-    sa.Column("started_at", sa.String, nullable=False),
-    sa.Column("ended_at", sa.String),
-)
+from storage.tables import artifact, edge, film, ref, run, snapshot, unit
 
 
 def utc_now() -> str:
@@ -113,6 +23,7 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+@patient
 class Catalog:
     """Opens, and makes where it is absent, the catalog under an SQLAlchemy URL.
 
@@ -122,45 +33,32 @@ class Catalog:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        parsed = sa.make_url(url)
-        if parsed.get_backend_name() == "sqlite":
-            _refuse_network_file(Path(parsed.database or ""))
-        self._engine = sa.create_engine(url, connect_args={"timeout": 60} if parsed.drivername == "sqlite" else {})
-        if parsed.get_backend_name() == "sqlite":
-            sa.event.listen(self._engine, "connect", _configure_sqlite)
-        try:
-            metadata.create_all(self._engine)
-        except sa.exc.SQLAlchemyError as error:
-            raise CatalogError(
-                f"cannot open the catalog {parsed.render_as_string()}: {str(error.args[0])[:300]}; "
-                "check that the folder can be written and has space"
-            ) from error
+        self._database = Database(url)
 
     def close(self) -> None:
         """Give back all connections."""
-        self._engine.dispose()
+        self._database.close()
 
     # Films
 
     def save_film(self, row: Mapping[str, Any]) -> None:
         """Insert a film or replace its facts (`film_id, uri, digest, bytes, modified_ns, title, year, split`)."""
-        with self._engine.begin() as connection:
+        with self._database.write() as connection:
             known = connection.execute(
                 sa.select(film.c.created_at).where(film.c.film_id == row["film_id"])
             ).scalar_one_or_none()
-            connection.execute(sa.delete(film).where(film.c.film_id == row["film_id"]))
-            connection.execute(sa.insert(film).values(created_at=known or utc_now(), **row))
+            upsert(connection, film, {**row, "created_at": known or utc_now()})
 
     def film(self, film_id: str) -> dict[str, Any] | None:
         """One film's facts, or None."""
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             row = connection.execute(sa.select(film).where(film.c.film_id == film_id)).mappings().one_or_none()
         return dict(row) if row else None
 
     def films(self) -> list[dict[str, Any]]:
         """All films, by id."""
         names = [column.name for column in film.c]
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             rows = connection.execute(sa.select(film).order_by(film.c.film_id)).all()
         return [dict(zip(names, row, strict=True)) for row in rows]
 
@@ -177,10 +75,8 @@ class Catalog:
             "run_id": run_id,
             **{c.name: getattr(made, c.name) for c in artifact.c if c.name not in ("files", "run_id")},
         }
-        with self._engine.begin() as connection:
-            taken = connection.execute(sa.select(artifact.c.id).where(artifact.c.id == made.id)).one_or_none()
-            if taken is None:
-                connection.execute(sa.insert(artifact).values(**values))
+        with self._database.write() as connection:
+            if upsert(connection, artifact, values, replace=False):
                 for position, input_id in enumerate(made.inputs):
                     connection.execute(
                         sa.insert(edge).values(artifact_id=made.id, position=position, input_id=input_id)
@@ -216,7 +112,7 @@ class Catalog:
         """The run that made an artifact: `id, command, state, started_at, ended_at`; None where it is not known."""
         columns = sa.select(run.c.id, run.c.command, run.c.state, run.c.started_at, run.c.ended_at)
         query = columns.join(artifact, artifact.c.run_id == run.c.id).where(artifact.c.id == artifact_id)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             row = connection.execute(query).mappings().one_or_none()
         return dict(row) if row else None
 
@@ -231,14 +127,14 @@ class Catalog:
     def outline(self, kind: str) -> Sequence[Any]:
         """Subject, fingerprint and content digest of every artifact of a kind, in no order."""
         columns = sa.select(artifact.c.subject, artifact.c.fingerprint, artifact.c.digest)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             return connection.execute(columns.where(artifact.c.kind == kind)).all()
 
     def current_recipes(self, kind: str, subjects: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The recipe of the current artifact of each subject that has one."""
         query = sa.select(artifact.c.subject, artifact.c.recipe).join(ref, ref.c.target == artifact.c.id)
         found: dict[str, dict[str, Any]] = {}
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             for some in _chunks([current_ref(kind, subject) for subject in subjects]):
                 found |= {row.subject: row.recipe for row in connection.execute(query.where(ref.c.name.in_(some)))}
         return found
@@ -246,12 +142,12 @@ class Catalog:
     def costs(self, kind: str, count: int) -> list[tuple[float, int]]:
         """Seconds of work and bytes of the newest artifacts of a kind."""
         query = sa.select(artifact.c.seconds, artifact.c.files).where(artifact.c.kind == kind)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             rows = connection.execute(query.order_by(artifact.c.created_at.desc()).limit(count))
             return [(row.seconds, sum(file["bytes"] for file in row.files)) for row in rows]
 
     def _select(self, *where: Any) -> list[Artifact]:
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             rows = (
                 connection.execute(sa.select(artifact).where(*where).order_by(artifact.c.created_at)).mappings().all()
             )
@@ -264,7 +160,7 @@ class Catalog:
 
     def reached(self) -> set[str]:
         """What refs point at and snapshots list."""
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             targets = set(connection.execute(sa.select(ref.c.target)).scalars())
             for ids in connection.execute(sa.select(snapshot.c.artifact_ids)).scalars():
                 targets |= set(ids)
@@ -272,7 +168,7 @@ class Catalog:
 
     def delete_artifacts(self, ids: Iterable[str]) -> None:
         """Forget artifacts and their edges; their objects stay."""
-        with self._engine.begin() as connection:
+        with self._database.write() as connection:
             for some in _chunks(list(ids)):
                 connection.execute(sa.delete(edge).where(edge.c.artifact_id.in_(some)))
                 connection.execute(sa.delete(artifact).where(artifact.c.id.in_(some)))
@@ -294,9 +190,9 @@ class Catalog:
         now = utc_now()
         values = {"state": state, "attempts": attempts, "result": dict(result), "updated_at": now}
         names = {"stage": stage, "subject": subject, "fingerprint": fingerprint, "unit_index": index}
-        with self._engine.begin() as connection:
+        with self._database.write() as connection:
             known = sa.select(unit.c.state, unit.c.attempts, unit.c.result).where(*where)
-            before = connection.execute(known).one_or_none()
+            before = connection.execute(known.with_for_update()).one_or_none()
             if before is not None and before.state == "done":  # of the same try, whose items turned out to have failed
                 values["attempts"] = before.attempts
             elif before is not None:
@@ -305,33 +201,32 @@ class Catalog:
                 values["result"]["first_seen"] = first_seen
             elif state == "failed":
                 values["result"]["first_seen"] = now
-            connection.execute(sa.delete(unit).where(*where))
-            connection.execute(sa.insert(unit).values(**names, **values))
+            upsert(connection, unit, names | values)
 
     def units(self, stage: str, subject: str, fingerprint: str) -> dict[int, dict[str, Any]]:
         """Unit index to its row, for one computation."""
         query = sa.select(unit).where(
             unit.c.stage == stage, unit.c.subject == subject, unit.c.fingerprint == fingerprint
         )
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             return {row["unit_index"]: dict(row) for row in connection.execute(query).mappings()}
 
     def unit_keys(self) -> set[str]:
         """Keys of the objects that units have written for computations that have not ended."""
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             results = connection.execute(sa.select(unit.c.result).where(unit.c.state == "done")).scalars()
             return {StoredFile(**file).key for result in results for file in result["files"]}
 
     def failures(self) -> list[dict[str, Any]]:
         """Every unit that failed, newest first."""
         query = sa.select(unit).where(unit.c.state == "failed").order_by(unit.c.updated_at.desc())
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             return [dict(row) for row in connection.execute(query).mappings()]
 
     def forget_failures(self, subjects: Iterable[str]) -> int:
         """Let every failed computation of some subjects be tried again; returns how many there were."""
         count = 0
-        with self._engine.begin() as connection:
+        with self._database.write() as connection:
             for some in _chunks(list(subjects)):
                 forgotten = sa.update(unit).where(unit.c.state == "failed", unit.c.subject.in_(some))
                 count += connection.execute(forgotten.values(state="forgotten")).rowcount
@@ -350,30 +245,27 @@ class Catalog:
             CatalogError: The name stands for another list already.
         """
         ids = list(artifact_ids)
-        with self._engine.begin() as connection:
-            known = connection.execute(
-                sa.select(snapshot.c.artifact_ids).where(snapshot.c.name == name)
-            ).scalar_one_or_none()
-            if known is None:
-                connection.execute(sa.insert(snapshot).values(name=name, artifact_ids=ids, created_at=utc_now()))
-            elif known != ids:
+        with self._database.write() as connection:
+            upsert(connection, snapshot, {"name": name, "artifact_ids": ids, "created_at": utc_now()}, replace=False)
+            known = connection.execute(sa.select(snapshot.c.artifact_ids).where(snapshot.c.name == name)).scalar_one()
+            if known != ids:
                 raise CatalogError(f"snapshot '{name}' exists with {len(known)} other artifacts: choose another name")
 
     def snapshot(self, name: str) -> list[str] | None:
         """The artifact ids of a snapshot, or None."""
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             return connection.execute(
                 sa.select(snapshot.c.artifact_ids).where(snapshot.c.name == name)
             ).scalar_one_or_none()
 
     def set_ref(self, name: str, target: str) -> None:
         """Point a name at an artifact or a snapshot."""
-        with self._engine.begin() as connection:
+        with self._database.write() as connection:
             _set_ref(connection, name, target)
 
     def get_ref(self, name: str) -> str | None:
         """What a name points at, or None."""
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             return connection.execute(sa.select(ref.c.target).where(ref.c.name == name)).scalar_one_or_none()
 
     # Runs
@@ -381,7 +273,7 @@ class Catalog:
     def start_run(self, command: str) -> str:
         """Record that a command started; returns the run's id."""
         run_id = f"run-{uuid.uuid4().hex[:12]}"
-        with self._engine.begin() as connection:
+        with self._database.write() as connection:
             values = {"id": run_id, "command": command, "state": "running", "summary": {}, "started_at": utc_now()}
             connection.execute(sa.insert(run).values(**values))
         return run_id
@@ -389,14 +281,14 @@ class Catalog:
     def end_run(self, run_id: str, state: str, summary: Mapping[str, Any]) -> None:
         """Record how a command ended (`done`, `failed`, `interrupted`)."""
         values = {"state": state, "summary": json.loads(json.dumps(summary)), "ended_at": utc_now()}
-        with self._engine.begin() as connection:
+        with self._database.write() as connection:
             connection.execute(sa.update(run).where(run.c.id == run_id).values(**values))
 
     def active_runs(self) -> list[dict[str, Any]]:
         """Runs of the last day that have not ended, as far as the catalog knows."""
         yesterday = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="milliseconds")
         query = sa.select(run).where(run.c.state == "running", run.c.started_at > yesterday)
-        with self._engine.connect() as connection:
+        with self._database.read() as connection:
             return [dict(row) for row in connection.execute(query.order_by(run.c.started_at)).mappings()]
 
 
@@ -412,38 +304,10 @@ def _chunks(names: list[str], size: int = 500) -> Iterator[list[str]]:
 
 
 def _set_ref(connection: sa.Connection, name: str, target: str) -> None:
-    connection.execute(sa.delete(ref).where(ref.c.name == name))
-    connection.execute(sa.insert(ref).values(name=name, target=target, updated_at=utc_now()))
+    upsert(connection, ref, {"name": name, "target": target, "updated_at": utc_now()})
 
 
 def _artifact(row: dict[str, Any], inputs: list[str]) -> Artifact:
     row.pop("run_id")
     files = tuple(StoredFile(**entry) for entry in row.pop("files"))
     return Artifact(files=files, inputs=tuple(inputs), **row)
-
-
-def _configure_sqlite(connection: Any, _record: Any) -> None:
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=60000", "foreign_keys=ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _refuse_network_file(path: Path) -> None:
-    """SQLite's locks do not hold on network file systems; two writers there destroy the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mounts = Path("/proc/mounts")
-    if not mounts.is_file():
-        return
-    best, kind = "", ""
-    target = os.path.realpath(path.parent)
-    for line in mounts.read_text().splitlines():
-        _, point, file_system = line.split()[:3]
-        point = point.replace("\\040", " ")
-        if (target == point or target.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
-            best, kind = point, file_system
-    if kind in NETWORK_FILE_SYSTEMS:
-        raise CatalogError(
-            f"the catalog {path} would lie on a {kind} file system, where SQLite's locks do not hold: "
-            "put the workspace on a local disk, or use a Postgres catalog"
-        )

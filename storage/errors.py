@@ -4,6 +4,7 @@ StorageError                anything below
 +-- ObjectMissingError      the catalog names an object that the store does not hold
 +-- ObjectCorruptError      an object's bytes do not have the digest that names them
 +-- StoreFullError          no space, or no permission, to write
++-- StoreUnavailableError   the store did not answer, though it was asked again and again
 +-- CatalogError            the catalog cannot be opened or used
 """
 
@@ -22,6 +23,10 @@ class ObjectCorruptError(StorageError):
 
 class StoreFullError(StorageError):
     """The store cannot be written."""
+
+
+class StoreUnavailableError(StorageError):
+    """The store cannot be reached."""
 
 
 class CatalogError(StorageError):

@@ -17,10 +17,12 @@ class Garbage:
     Attributes:
         artifacts: That nothing reaches.
         objects: That only those artifacts list, or none.
+        before: All of it is older than this.
     """
 
     artifacts: list[Artifact]
     objects: list[StoredObject]
+    before: datetime
 
     @property
     def bytes(self) -> int:
@@ -45,13 +47,16 @@ def find_garbage(catalog: Catalog, store: ObjectStore, keep: timedelta) -> Garba
     limit = datetime.now(UTC) - keep
     gone = [a for a in artifacts.values() if a.id not in reached and datetime.fromisoformat(a.created_at) < limit]
     kept = artifacts.keys() - {artifact.id for artifact in gone}
-    needed = {f.key for name in kept for f in artifacts[name].files} | catalog.unit_keys()
+    needed = _listed(artifacts[name] for name in kept) | catalog.unit_keys()
     loose = [entry for entry in store.objects() if entry.key not in needed and entry.modified < limit]
-    return Garbage(gone, loose)
+    return Garbage(gone, loose, limit)
 
 
-def remove_garbage(catalog: Catalog, store: ObjectStore, garbage: Garbage) -> None:
-    """Remove it: artifacts first, so that none is ever listed without its bytes.
+def remove_garbage(catalog: Catalog, store: ObjectStore, garbage: Garbage) -> int:
+    """Remove it: artifacts first, so that none is ever listed without its bytes; then end uploads left unfinished.
+
+    Returns:
+        How many uploads were ended.
 
     Raises:
         CatalogError: A run is in progress: what it is about to commit may be an object that looks unused now.
@@ -63,6 +68,7 @@ def remove_garbage(catalog: Catalog, store: ObjectStore, garbage: Garbage) -> No
         )
     catalog.delete_artifacts(artifact.id for artifact in garbage.artifacts)
     store.delete(entry.key for entry in garbage.objects)
+    return store.abort_uploads(garbage.before)
 
 
 def find_loose_objects(catalog: Catalog, store: ObjectStore) -> list[StoredObject]:

@@ -2,23 +2,42 @@
 
 An object's key is its content: `ab/abcdef....parquet`. Writing the same bytes twice is the same object, so a
 second writer changes nothing, and an object, once there, is whole: both kinds of store put it in place in one step.
+
+A bucket is reached with the settings that AWS's own tools read from the environment (`AWS_ACCESS_KEY_ID`,
+`AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`). A request that fails is sent again, with growing pauses,
+for up to `PATIENCE`.
 """
 
 import hashlib
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PermissionDeniedError
 from obstore.store import LocalStore, from_url
 
-from storage.errors import ObjectCorruptError, ObjectMissingError, StoreFullError
+from storage.errors import (
+    ObjectCorruptError,
+    ObjectMissingError,
+    StorageError,
+    StoreFullError,
+    StoreUnavailableError,
+)
 
 CHUNK_BYTES = 1 << 20
+MULTIPART_BYTES = 64 << 20
+"""Larger files go to a bucket in parts."""
+PATIENCE = timedelta(seconds=60)
+REMOTE = {
+    "retry_config": {"max_retries": 12, "retry_timeout": PATIENCE},
+    "client_options": {"timeout": "300s", "allow_http": True},
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,9 @@ class ObjectStore:
     Args:
         uri: A folder, a `file://` URI, or a URI that obstore opens (`s3://`, `gs://`, `az://`).
         cache: Folder for local copies of remote objects; unused for a local store.
+
+    Raises:
+        StorageError: The URI cannot be used.
     """
 
     def __init__(self, uri: str, cache: Path | None = None) -> None:
@@ -87,7 +109,10 @@ class ObjectStore:
             self._root = Path(unquote(parsed.path) if parsed.scheme else uri).absolute()
             self._store = LocalStore(self._root, mkdir=True)
         else:
-            self._store = from_url(uri)
+            try:
+                self._store = from_url(uri, **REMOTE)
+            except (BaseError, ValueError) as error:
+                raise StorageError(f"cannot open the object store {uri}: {_first_line(error)}") from error
         self._cache = cache
 
     def put(self, path: Path, name: str, rows: int = 0) -> StoredFile:
@@ -95,52 +120,93 @@ class ObjectStore:
 
         Raises:
             StoreFullError: The store refused the write (no space, no permission).
+            StoreUnavailableError: It did not answer.
         """
         stored = StoredFile(name, digest_file(path), path.stat().st_size, rows)
         try:
-            obstore.put(self._store, stored.key, path, mode="create")
+            if self._root is None and stored.bytes > MULTIPART_BYTES:
+                self._put_in_parts(stored, path)
+            else:
+                obstore.put(self._store, stored.key, path, mode="create", use_multipart=False)
         except AlreadyExistsError:
             pass
         except (BaseError, OSError) as error:
+            if self._root is None and not isinstance(error, PermissionDeniedError):
+                raise self._unavailable(f"write {name}", error) from error
             raise StoreFullError(
                 f"cannot write {stored.bytes} bytes of {name} to {self.uri}: {_first_line(error)}; "
                 "free some space or check the permissions, then run the same command again"
             ) from error
         return stored
 
+    def _put_in_parts(self, stored: StoredFile, path: Path) -> None:
+        """A writer that was quicker wrote the same bytes, so there is nothing to guard against."""
+        try:
+            obstore.head(self._store, stored.key)
+        except (NotFoundError, FileNotFoundError):
+            obstore.put(self._store, stored.key, path, use_multipart=True, chunk_size=MULTIPART_BYTES // 4)
+
     def path(self, stored: StoredFile) -> Path:
         """A local path of the object; a remote one is copied into the cache first.
 
         Raises:
             ObjectMissingError: The store does not hold it.
+            StoreUnavailableError: It did not answer.
         """
-        if self._root is not None:
-            path = self._root / stored.key
-            if not path.is_file():
-                raise ObjectMissingError(_missing(stored, self.uri))
-            return path
-        assert self._cache is not None, "a remote store needs a cache folder"
-        path = self._cache / stored.key
+        path = self._local_path(stored)
         if not path.is_file():
-            try:
-                data = obstore.get(self._store, stored.key).bytes()
-            except NotFoundError as error:
-                raise ObjectMissingError(_missing(stored, self.uri)) from error
+            if self._root is not None:
+                raise ObjectMissingError(_missing(stored, self.uri))
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.part")
-            temporary.write_bytes(data)
+            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as stream:
+                temporary = Path(stream.name)
+                try:
+                    stream.writelines(self._read(stored))
+                except BaseException:
+                    temporary.unlink()
+                    raise
             temporary.replace(path)
         return path
 
+    def _local_path(self, stored: StoredFile) -> Path:
+        if self._root is not None:
+            return self._root / stored.key
+        assert self._cache is not None, "a remote store needs a cache folder"
+        return self._cache / stored.key
+
+    def _read(self, stored: StoredFile) -> Iterator[bytes]:
+        """The object's bytes as the store holds them."""
+        with self._answering(stored):
+            for chunk in obstore.get(self._store, stored.key).stream(min_chunk_size=CHUNK_BYTES):
+                yield bytes(chunk)
+
+    @contextmanager
+    def _answering(self, stored: StoredFile) -> Iterator[None]:
+        try:
+            yield
+        except (NotFoundError, FileNotFoundError) as error:
+            raise ObjectMissingError(_missing(stored, self.uri)) from error
+        except BaseError as error:
+            raise self._unavailable(f"read {stored.name}", error) from error
+
+    def _unavailable(self, what: str, error: Exception) -> StoreUnavailableError:
+        return StoreUnavailableError(
+            f"cannot {what}: {self.uri} failed for {PATIENCE.total_seconds():.0f} s or for good: {_first_line(error)}; "
+            "what was committed is kept: run the same command again when the store answers"
+        )
+
     def verify(self, stored: StoredFile) -> None:
-        """Read the object back and compare it with its name.
+        """Read the object back from where it is kept and compare it with its name.
 
         Raises:
             ObjectMissingError: It is not there.
             ObjectCorruptError: Its bytes changed.
+            StoreUnavailableError: The store did not answer.
         """
-        found = digest_file(self.path(stored))
-        if found != stored.digest:
+        hasher = hashlib.sha256()
+        for chunk in self._read(stored):
+            hasher.update(chunk)
+        if (found := hasher.hexdigest()) != stored.digest:
             raise ObjectCorruptError(f"{stored.name} in {self.uri} has SHA-256 {found}, expected {stored.digest}")
 
     def objects(self) -> list[StoredObject]:
@@ -160,6 +226,26 @@ class ObjectStore:
                 obstore.delete(self._store, key)
             except (NotFoundError, FileNotFoundError):
                 continue
+
+    def abort_uploads(self, before: datetime) -> int:
+        """End uploads in parts that were begun before a time and never finished; returns how many.
+
+        A process that is killed leaves the parts that it had sent; a bucket keeps them, and charges for them, until
+        someone ends the upload. Other kinds of store leave nothing behind.
+        """
+        parsed = urlparse(self.uri)
+        if parsed.scheme not in ("s3", "s3a"):
+            return 0
+        try:
+            import boto3
+        except ModuleNotFoundError:
+            raise StorageError("ending unfinished uploads needs boto3: install `moviedreamer[cluster]`") from None
+        client, prefix = boto3.client("s3"), parsed.path.strip("/")
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=parsed.netloc, Prefix=prefix)
+        old = [u for page in pages for u in page.get("Uploads", ()) if u["Initiated"] < before]
+        for upload in old:
+            client.abort_multipart_upload(Bucket=parsed.netloc, Key=upload["Key"], UploadId=upload["UploadId"])
+        return len(old)
 
 
 def _missing(stored: StoredFile, uri: str) -> str:

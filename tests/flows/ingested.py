@@ -1,10 +1,12 @@
-"""A workspace whose catalog says that films were ingested; there are no films and no objects behind it."""
+"""Workspaces for tests: one whose catalog only says that films were ingested, and pipelines that really compute."""
 
 from pathlib import Path
 
+from flows.commands import Request, walk
 from flows.ingest import FILM_STAGES, pack_shards
-from flows.pipeline import Pipeline, Workspace
+from flows.pipeline import Pipeline, compute, open_executor
 from flows.profile import ExplainedProfile, Profile
+from flows.workspace import Workspace
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, digest_json
 from storage.objects import StoredFile
 
@@ -74,3 +76,20 @@ def fail(workspace: Workspace, film_id: str, error: str, profile: Profile = PROF
     work = Pipeline(workspace, profile).work(spec, film_id, {}, ({"film_id": film_id}, digest))
     facts = {"error": error, "retryable": False, "version": 1, "inputs": {}, "source": {"film_id": film_id}}
     workspace.catalog.save_unit((spec.name, film_id, work.recipe.fingerprint, 0), "failed", 1, facts)
+
+
+def computing_pipeline(workspace: Workspace, profile: Profile) -> Pipeline:
+    """A pipeline that computes in this process, without Prefect."""
+    executor = open_executor(workspace, profile)
+    run_id = workspace.catalog.start_run("test")
+
+    def runner(spec, works):
+        return compute(workspace, executor, run_id, works, lambda done, total, message: None)
+
+    return Pipeline(workspace, profile, runner)
+
+
+def ingest_in_process(workspace: Workspace, profile: Profile, films: list[Path]) -> Pipeline:
+    pipeline = computing_pipeline(workspace, profile)
+    walk(pipeline, Request("ingest", tuple(map(str, films))))
+    return pipeline

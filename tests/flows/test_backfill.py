@@ -5,10 +5,11 @@ import shutil
 import pytest
 
 from flows.backfill import BackfillRequest, check_budget, finish, judge_estimate, plan_backfill, run_batch
-from flows.pipeline import Pipeline, Workspace, compute, open_executor
+from flows.pipeline import Pipeline
+from flows.workspace import Workspace
 from models import weights
 from stages.errors import FailureBudgetError
-from tests.flows.ingested import PROFILE, fail, ingest, note_film, profile_with
+from tests.flows.ingested import PROFILE, computing_pipeline, fail, ingest, note_film, profile_with
 
 REAL = profile_with("engine.executor=inline", "keyframes.every_n_frames=30")
 
@@ -61,35 +62,25 @@ def test_the_failure_budget():
         check_budget([{"films": 9, "newly_failed": 3}], 0.0)
 
 
-def pipeline_of(workspace, profile=REAL):
-    executor = open_executor(workspace, profile)
-    run_id = workspace.catalog.start_run("backfill")
-
-    def runner(spec, works):
-        return compute(workspace, executor, run_id, works, lambda done, total, message: None)
-
-    return Pipeline(workspace, profile, runner)
-
-
 def test_a_batch_computes_the_selected_stages_and_resumes_with_the_rest(workspace, tmp_path):
     film = tmp_path / "a film.mp4"
     shutil.copy(weights.folder("demo_films") / "carphone_pristine.mp4", film)
     listed = tmp_path / "films.csv"
     listed.write_text(f"film_id,uri\nfirst,{film}\nmissing,{tmp_path}/nowhere.mp4\n")
     request = BackfillRequest(select="keyframes", films=str(listed))
-    pipeline = pipeline_of(workspace)
+    pipeline = computing_pipeline(workspace, REAL)
     assert run_batch(pipeline, request, ["first", "missing"]) == {"films": 2, "failed": 1, "newly_failed": 1}
     assert "does not exist" in pipeline.failed["missing"][1]
     assert {a.kind for a in workspace.catalog.artifacts()} == {"keyframes"}
     assert finish(pipeline, request) is None
 
     rest = BackfillRequest(select="captions", films="first")
-    later = pipeline_of(workspace)
+    later = computing_pipeline(workspace, REAL)
     run_batch(later, rest, ["first"])
     assert {a.kind for a in workspace.catalog.artifacts()} == {"keyframes"}, "captions wait for people"
     assert [spec.stage for spec in later.reports] == []
 
-    whole = pipeline_of(workspace)
+    whole = computing_pipeline(workspace, REAL)
     everything = BackfillRequest()
     assert run_batch(whole, everything, ["first"]) == {"films": 1, "failed": 0, "newly_failed": 0}
     assert finish(whole, everything).startswith("snapshot-")
@@ -103,11 +94,11 @@ def test_a_failed_film_gets_another_try_and_its_attempts_add_up(workspace, tmp_p
     film.write_bytes(b"not a film")
     note_film(workspace, "bad", film)
     for _ in range(2):
-        run_batch(pipeline_of(workspace), BackfillRequest(reprocess="failed"), ["bad"])
+        run_batch(computing_pipeline(workspace, REAL), BackfillRequest(reprocess="failed"), ["bad"])
     (failure,) = workspace.catalog.failures()
     assert failure["attempts"] == 2
     assert failure["result"]["first_seen"] < failure["updated_at"]
-    again = run_batch(pipeline_of(workspace), BackfillRequest(reprocess="stale"), ["bad"])
+    again = run_batch(computing_pipeline(workspace, REAL), BackfillRequest(reprocess="stale"), ["bad"])
     assert again == {"films": 1, "failed": 1, "newly_failed": 0}, "a known failure is left alone, and is no news"
     assert workspace.catalog.failures() == [failure]
 

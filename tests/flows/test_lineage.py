@@ -3,7 +3,7 @@
 import pytest
 
 from flows.lineage import compare_artifacts, explain_artifact
-from flows.pipeline import Workspace
+from flows.workspace import Workspace
 from stages.errors import UsageError
 from tests.flows.ingested import ingest, profile_with
 

@@ -5,9 +5,10 @@ import shutil
 import pytest
 
 from flows.ingest import FILM_STAGES, ingest_films
-from flows.pipeline import Pipeline, Workspace
+from flows.pipeline import Pipeline
 from flows.plan import STAGES, choose_films, make_plan, select_stages
 from flows.sources import Film
+from flows.workspace import Workspace
 from stages.errors import CatalogueError, UsageError
 from tests.flows.ingested import PROFILE, fail, ingest, note_film, pack, profile_with
 

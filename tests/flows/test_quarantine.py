@@ -2,9 +2,9 @@
 
 import pytest
 
-from flows.pipeline import Workspace
 from flows.plan import choose_films, make_plan, select_stages
 from flows.quarantine import cluster, find_cause, list_failures, release
+from flows.workspace import Workspace
 from stages.errors import UsageError
 from tests.flows.ingested import PROFILE, fail
 

@@ -14,9 +14,10 @@ from tests.stages.tiny_stages import COUNT, DOUBLE, TOTAL, CountConfig, DoubleCo
 class Bench:
     """An engine on a fresh workspace, and short ways to run the tiny stages."""
 
-    def __init__(self, folder, executor=None):
-        self.catalog = Catalog(f"sqlite:///{folder / 'catalog.sqlite'}")
-        self.store = ObjectStore(str(folder / "objects"))
+    def __init__(self, folder, executor=None, backend=None):
+        catalog, objects = backend or (f"sqlite:///{folder / 'catalog.sqlite'}", str(folder / "objects"))
+        self.catalog = Catalog(catalog)
+        self.store = ObjectStore(objects, folder / "cache")
         settings = WorkerSettings(self.store.uri, folder / "scratch", None)
         self.executor = executor(settings) if executor else InlineExecutor(settings)
         self.engine = Engine(self.catalog, self.store, self.executor)
@@ -35,15 +36,17 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path):
-    made = Bench(tmp_path)
+def bench(tmp_path, backend):
+    made = Bench(tmp_path, backend=backend)
     yield made
     made.catalog.close()
 
 
 @pytest.fixture(scope="module")
-def ray_bench(tmp_path_factory):
-    made = Bench(tmp_path_factory.mktemp("ray"), lambda settings: RayExecutor(settings, None, 2))
+def ray_bench(tmp_path_factory, postgres, s3):
+    """Ray's workers, which reach a bucket by the environment, and a catalog that hosts share."""
+    backend = f"postgresql+psycopg:{postgres.new_database()}", "s3://films/ray"
+    made = Bench(tmp_path_factory.mktemp("ray"), lambda settings: RayExecutor(settings, None, 2), backend)
     yield made
     made.executor.close()
     made.catalog.close()

@@ -9,13 +9,6 @@ from storage.objects import StoredFile
 from storage.plan import decide
 
 
-@pytest.fixture
-def catalog(tmp_path):
-    opened = Catalog(f"sqlite:///{tmp_path / 'a workspace' / 'catalog.sqlite'}")
-    yield opened
-    opened.close()
-
-
 def make(kind="people", subject="film a", config=None, content="1", inputs=()):
     recipe = Recipe(kind, 1, config or {}, {}, {"keyframes": ["d"]})
     files = (StoredFile("part-00000.parquet", content * 64, 10, 2),)

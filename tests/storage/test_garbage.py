@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import boto3
 import pytest
 
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest
@@ -11,18 +12,6 @@ from storage.garbage import find_garbage, find_loose_objects, remove_garbage
 from storage.objects import ObjectStore
 
 NOW = timedelta(0)
-
-
-@pytest.fixture
-def catalog(tmp_path):
-    opened = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite'}")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def store(tmp_path):
-    return ObjectStore(str(tmp_path / "objects"))
 
 
 def put(store, tmp_path, content):
@@ -83,3 +72,16 @@ def test_nothing_is_removed_while_a_run_is_in_progress(catalog, store, tmp_path)
     remove_garbage(catalog, store, garbage)
     assert store.keys() == []
     remove_garbage(catalog, store, garbage)
+
+
+def test_uploads_that_were_never_finished_are_ended(s3, tmp_path):
+    catalog = Catalog(f"sqlite:///{tmp_path / 'catalog.sqlite'}")
+    bucket = ObjectStore("s3://films/unfinished", tmp_path / "cache")
+    client = boto3.client("s3")
+    client.create_multipart_upload(Bucket="films", Key="unfinished/ab/abc.tar")
+    client.create_multipart_upload(Bucket="films", Key="another prefix/ab/abc.tar")
+    assert remove_garbage(catalog, bucket, find_garbage(catalog, bucket, timedelta(days=1))) == 0
+    assert remove_garbage(catalog, bucket, find_garbage(catalog, bucket, timedelta(seconds=-5))) == 1
+    left = [upload["Key"] for upload in client.list_multipart_uploads(Bucket="films")["Uploads"]]
+    assert left == ["another prefix/ab/abc.tar"]
+    catalog.close()
