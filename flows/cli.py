@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from flows.cli_artifacts import artifacts, quarantine
+from flows.cli_artifacts import artifacts, quarantine, stage
 from flows.cli_backfill import backfill, plan
 from flows.terminal import (
     EXIT_FAILED,
@@ -21,6 +21,7 @@ from flows.terminal import (
     common,
     json_option,
     open_workspace,
+    print_outcome,
     print_table,
     start_prefect,
     workspace_option,
@@ -215,16 +216,13 @@ def _print_summary(summary: dict[str, Any], as_json: bool, nothing_to_do: bool) 
         return
     if nothing_to_do:
         click.echo(f"nothing to do: {summary['fresh']} artifacts are fresh ({summary['seconds']:.1f} s)")
-    for stage, count in summary["computed"].items():
-        click.echo(f"{stage}: {count} computed")
-    for failure in summary["failed"]:
-        click.echo(f"failed: {failure['subject']} at {failure['stage']}: {failure['error']}")
+    print_outcome(summary)
     for name in ("movie", "report"):
         if summary[name]:
             click.echo(f"{name}: {summary[name]}")
 
 
-for _command in (plan, backfill, artifacts, quarantine):
+for _command in (plan, backfill, artifacts, quarantine, stage):
     cli.add_command(_command)
 
 
@@ -246,7 +244,7 @@ def main() -> None:
         from flows.failures import exit_code_of
 
         code = exit_code_of(error)
-        if code is None:
+        if code is None or sys.gettrace() is not None:  # a debugger wants to see it
             raise
         _stop(f"error: {error}", code)
 

@@ -1,13 +1,14 @@
-"""The commands that look at what a workspace holds: `moviedreamer artifacts ...` and `moviedreamer quarantine ...`."""
+"""The commands that look at what a workspace holds: `moviedreamer artifacts ...`, `quarantine ...`, `stage ...`."""
 
 import json
 import sys
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
 import click
 
-from flows.terminal import EXIT_FAILED, json_option, open_workspace, print_table, workspace_option
+from flows.terminal import EXIT_FAILED, common, json_option, open_workspace, print_table, workspace_option
 
 
 @click.group()
@@ -204,3 +205,40 @@ def retry_quarantine(cause: str | None, as_json: bool, workspace: Path) -> None:
         click.echo(json.dumps({"released": subjects}))
     else:
         click.echo(f"{len(subjects)} released: `moviedreamer backfill` tries them again")
+
+
+@click.group()
+def stage() -> None:
+    """One stage by itself."""
+
+
+@stage.command("replay")
+@click.argument("unit", metavar="STAGE/SUBJECT[#INDEX]")
+@click.option("--out", default="replay", show_default=True, type=click.Path(path_type=Path), help="For its files.")
+@common
+def replay_unit(unit: str, out: Path, profile: str, workspace: Path, settings: tuple[str, ...], as_json: bool) -> None:
+    """Run one unit in the foreground, on exactly the inputs that it failed on; nothing is committed.
+
+    For a debugger: `python -m pdb -m flows.cli stage replay people/film.mp4#0`.
+    """
+    from flows.failures import exit_code_of
+    from flows.profile import ExplainedProfile
+    from flows.replay import replay
+    from stages.errors import UsageError
+
+    opened, settled = open_workspace(workspace), ExplainedProfile(profile, settings).profile
+    try:
+        done = replay(opened, settled, unit, out)
+    except Exception as error:
+        if exit_code_of(error) is not None and not isinstance(error, UsageError):
+            traceback.print_exc()  # what is one line elsewhere is looked for here
+        raise
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in done["counts"].items())
+    click.echo(f"{done['stage']} of {done['subject']}, unit {done['unit']}: {counts}; {done['seconds']} s")
+    for row in done["rejects"]:
+        click.echo(f"item {row['item']}: {row['outcome']}: {row['reason']}")
+    for path in done["files"]:
+        click.echo(path)

@@ -8,12 +8,25 @@ from typing import Any
 
 import click
 
-from flows.terminal import EXIT_FAILED, common, open_workspace, print_table, start_prefect
+from flows.terminal import EXIT_FAILED, common, open_workspace, print_outcome, print_table, start_prefect
+
+
+def _selection(command: Any) -> Any:
+    """Options that choose stages and films."""
+    for option in (
+        click.option(
+            "--films", metavar="GLOB|FILE", help="Film ids by pattern, or those of a CSV or Parquet catalogue."
+        ),
+        click.option(
+            "--select", metavar="STAGE", help="One stage; STAGE+ with what follows, +STAGE with what it needs."
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 @click.command()
-@click.option("--select", metavar="STAGE", help="One stage; STAGE+ with what follows, +STAGE with what it needs.")
-@click.option("--films", metavar="GLOB|FILE", help="Film ids by pattern, or those of a CSV or Parquet catalogue.")
+@_selection
 @common
 def plan(
     select: str | None, films: str | None, profile: str, workspace: Path, settings: tuple[str, ...], as_json: bool
@@ -33,8 +46,7 @@ def plan(
 
 
 @click.command()
-@click.option("--select", metavar="STAGE", help="One stage; STAGE+ with what follows, +STAGE with what it needs.")
-@click.option("--films", metavar="GLOB|FILE", help="Film ids by pattern, or those of a CSV or Parquet catalogue.")
+@_selection
 @click.option("--reprocess", type=click.Choice(["missing", "failed", "stale", "all"]), default="all", show_default=True)
 @click.option("--batch-films", type=click.IntRange(min=1), default=50, show_default=True, help="Films in a batch.")
 @click.option("--max-concurrent", type=click.IntRange(min=1), help="Most units at once.")
@@ -62,7 +74,7 @@ def backfill(
         batches = {"batches": [len(batch) for batch in planned.batches]}
         click.echo(json.dumps(planned.plan.as_dict() | batches)) if as_json else _print_plan(planned.plan)
         return
-    summary: dict[str, Any] = {"computed": {}, "failed": [], "batches": []}
+    summary: dict[str, Any] = {"computed": {}, "reused_items": {}, "failed": [], "batches": []}
     if planned.batches or any(group.due and group.stage == "shards" for group in planned.plan.groups):
         require_weights(explained.profile)
         operations = start_prefect(opened)
@@ -91,10 +103,7 @@ def _print_backfill(summary: dict[str, Any], as_json: bool) -> None:
         return
     if not summary["computed"] and not summary["failed"]:
         click.echo("nothing to do")
-    for stage, count in summary["computed"].items():
-        click.echo(f"{stage}: {count} computed")
-    for failure in summary["failed"]:
-        click.echo(f"failed: {failure['subject']} at {failure['stage']}: {failure['error']}")
+    print_outcome(summary)
     if "estimate" in summary:
         cells = _estimate_cells(summary["estimate"])
         click.echo(f"estimated {cells['time']} ({cells['range']}); it took {summary['took_seconds']:.0f} s")

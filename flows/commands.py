@@ -46,12 +46,14 @@ class Walked:
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
         pipeline = self.pipeline
-        computed = Counter()
+        computed, reused = Counter(), Counter()
         for report in pipeline.reports:
             computed[report.stage] += len(report.done)
+            reused[report.stage] += report.reused
         return {
             "fresh": pipeline.fresh,
             "computed": dict(computed),
+            "reused_items": {stage: count for stage, count in reused.items() if count},
             "failed": [
                 {"subject": subject, "stage": stage, "error": error}
                 for subject, (stage, error) in sorted(pipeline.failed.items())

@@ -8,6 +8,7 @@ from typing import Any
 from flows.workspace import Workspace
 from stages.errors import UsageError
 from storage.artifacts import Artifact, read_rows
+from storage.objects import StoredFile
 
 _VARIABLE = re.compile(r"""'[^']*'|"[^"]*"|\S*/\S+|\b[0-9a-f]{12,}\b|\d+(\.\d+)?""")
 
@@ -26,8 +27,9 @@ class Failure:
         first_seen, last_seen: UTC, ISO 8601.
         version: Of the stage.
         fingerprint: Of the recipe.
-        inputs: The unit's input files: role to keys in the object store.
+        inputs: The unit's input files: role to files, each with the key under which the store keeps it.
         source: For a stage that reads films: what it was to read.
+        unit: The unit's index; `moviedreamer stage replay STAGE/SUBJECT#INDEX` runs it again.
     """
 
     stage: str
@@ -40,8 +42,9 @@ class Failure:
     last_seen: str
     version: int
     fingerprint: str
-    inputs: dict[str, list[str]]
+    inputs: dict[str, list[dict[str, Any]]]
     source: dict[str, Any] | None = None
+    unit: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -65,8 +68,9 @@ def _failed_subjects(workspace: Workspace) -> Iterable[Failure]:
         result = row["result"]
         yield Failure(
             row["stage"], row["subject"], None, find_cause(result["error"]), result["error"], row["attempts"],
-            result["first_seen"], row["updated_at"], result["version"], row["fingerprint"], result["inputs"],
-            result["source"],
+            result["first_seen"], row["updated_at"], result["version"], row["fingerprint"],
+            {role: [f | {"key": StoredFile(**f).key} for f in files] for role, files in result["inputs"].items()},
+            result["source"], row["unit_index"],
         )  # fmt: skip
 
 

@@ -44,6 +44,15 @@ def start_prefect(opened: Any) -> Any:
     return operations
 
 
+def print_outcome(summary: dict[str, Any]) -> None:
+    """What was computed, what of it was spared, and what failed."""
+    for stage, count in summary["computed"].items():
+        reused = summary["reused_items"].get(stage)
+        click.echo(f"{stage}: {count} computed{f' ({reused} items reused)' if reused else ''}")
+    for failure in summary["failed"]:
+        click.echo(f"failed: {failure['subject']} at {failure['stage']}: {failure['error']}")
+
+
 def print_table(rows: list[dict[str, Any]], as_json: bool, columns: tuple[str, ...]) -> None:
     """Rows as one JSON list, or as a table of some columns."""
     if as_json:

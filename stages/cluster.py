@@ -5,9 +5,12 @@ needs no scheduling by Ray beyond the actors themselves and so cannot deadlock o
 """
 
 import logging
+import math
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,25 @@ log = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
 POLL_S = 0.5
+ITEM_LIMIT_S = 3600.0
+"""Time limit of a unit of an item stage, where its settings name none."""
 OBJECT_STORE_BYTES = 200_000_000
 
 
-class ProgressBoard:
-    """An actor that holds how far each running unit is, so that the driver can show it."""
+class Board:
+    """An actor beside the driver: how far each running unit is, and which hand-outs of units no longer count."""
 
     def __init__(self) -> None:
         self._latest: dict[tuple[str, int], tuple[int, int, str]] = {}
+        self._revoked: set[str] = set()
+
+    def revoke(self, token: str) -> None:
+        """A unit that was handed out under this token is given to another worker."""
+        self._revoked.add(token)
+
+    def holds(self, token: str) -> bool:
+        """Whether a worker may still store what it made of the unit that it was handed under this token."""
+        return token not in self._revoked
 
     def post(self, key: tuple[str, int], done: int, total: int, message: str) -> None:
         """A worker says how far it is."""
@@ -49,8 +63,10 @@ class RemoteWorker:
     def __init__(self, settings: WorkerSettings, board: Any) -> None:
         self._worker, self._board = Worker(settings), board
 
-    def run(self, spec: StageSpec, config: StageConfig, unit: Unit) -> UnitResult:
-        """See `Worker.run`."""
+    def run(self, spec: StageSpec, config: StageConfig, unit: Unit, token: str) -> UnitResult:
+        """See `Worker.run`. A worker that cannot reach the board stores nothing."""
+        import ray
+
         last = 0.0
 
         def post(done: int, total: int, message: str) -> None:
@@ -59,7 +75,7 @@ class RemoteWorker:
                 last = now
                 self._board.post.remote((unit.subject, unit.index), done, total, message)
 
-        return self._worker.run(spec, config, unit, post)
+        return self._worker.run(spec, config, unit, post, lambda: ray.get(self._board.holds.remote(token)))
 
 
 class RayExecutor:
@@ -100,7 +116,7 @@ class RayExecutor:
             folder = {"_temp_dir": str(temp_dir)} if temp_dir else {}
             ray.init(address="local", include_dashboard=False, **local, **folder, **quiet)
         self._total, self._max_concurrent = ray.cluster_resources(), max_concurrent
-        self._board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+        self._board = ray.remote(Board).options(num_cpus=0).remote()
         self._pool: list[Any] = []
         self._shape: tuple[float, float] | None = None
 
@@ -112,48 +128,82 @@ class RayExecutor:
     def run(
         self, spec: StageSpec, config: StageConfig, units: Sequence[tuple[Work, Unit]], progress: UnitProgress
     ) -> Iterator[tuple[Work, Unit, UnitResult, int]]:
-        """See `Executor.run`. A unit whose actor dies is tried again elsewhere, and given up after three deaths."""
+        """See `Executor.run`.
+
+        A unit whose worker dies, or is stopped because it took longer than the stage's time limit, is tried again
+        elsewhere, and given up after three times.
+        """
         if not units:
             return
         self._fit(spec, len(units))
         waiting = [(work, unit, 1) for work, unit in reversed(units)]
-        idle, running = list(self._pool), {}
+        idle: list[Any] = list(self._pool)
+        running: dict[Any, _HandedOut] = {}
         total, finished = sum(unit.items for _, unit in units), 0.0
         while waiting or running:
             while idle and waiting:
-                work, unit, attempt = waiting.pop()
-                actor = idle.pop()
-                running[actor.run.remote(spec, work.config, unit)] = (actor, work, unit, attempt)
+                out = _HandedOut(idle.pop(), *waiting.pop(), uuid.uuid4().hex, time.monotonic())
+                running[out.actor.run.remote(spec, out.work.config, out.unit, out.token)] = out
             ready, _ = self._ray.wait(list(running), num_returns=1, timeout=POLL_S)
-            for future in ready:
-                actor, work, unit, attempt = running.pop(future)
-                try:
-                    result = self._ray.get(future)
-                except self._ray.exceptions.RayActorError as error:
-                    idle.append(self._replace(actor))
-                    if attempt < MAX_DEATHS:
-                        log.warning("%s: worker died on %s unit %d", spec.name, unit.subject, unit.index)
-                        waiting.append((work, unit, attempt + 1))
-                        continue
-                    result = UnitResult(error=f"killed its worker {MAX_DEATHS} times: {_last_line(error)}")
-                except self._ray.exceptions.RayTaskError as error:
-                    if isinstance(error.cause, StoreFullError | StoreUnavailableError):
-                        raise error.cause from None
-                    raise ComputationError(f"{spec.name}: the worker failed: {error.cause}") from error
-                else:
-                    idle.append(actor)
-                self._board.clear.remote((unit.subject, unit.index))
-                finished += unit.items
-                yield work, unit, result, attempt
+            for future in [*ready, *self._find_late(spec, running, ready)]:
+                out = running.pop(future)
+                result = self._receive(spec, future, out) if future in ready else self._stop(spec, out)
+                idle.append(out.actor if out.actor in self._pool else self._add())
+                if result is None:
+                    waiting.append((out.work, out.unit, out.attempt + 1))
+                    continue
+                self._board.clear.remote((out.unit.subject, out.unit.index))
+                finished += out.unit.items
+                yield out.work, out.unit, result, out.attempt
             self._show(running, finished, total, progress)
+
+    def _receive(self, spec: StageSpec, future: Any, out: "_HandedOut") -> UnitResult | None:
+        """What came of a unit; None where it is to be tried again.
+
+        Raises:
+            StoreFullError, StoreUnavailableError: The worker met what every other would meet too.
+            ComputationError: The worker itself is broken.
+        """
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(future)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, StoreFullError | StoreUnavailableError):
+                raise error.cause from None
+            if not isinstance(error, errors.RayActorError | errors.OutOfMemoryError):
+                raise ComputationError(f"{spec.name}: the worker failed: {error.cause}") from error
+            return self._take_back(spec, out, f"killed its worker: {_last_line(error)}")
+        except errors.RayError as error:  # the worker, its node, or the way to it is gone
+            return self._take_back(spec, out, f"killed its worker: {_last_line(error)}")
+
+    def _find_late(self, spec: StageSpec, running: dict[Any, "_HandedOut"], ready: Sequence[Any]) -> list[Any]:
+        def limit(config: StageConfig) -> float:
+            return config.time_limit_s or (ITEM_LIMIT_S if spec.schema is not None else math.inf)
+
+        now = time.monotonic()
+        return [f for f, out in running.items() if f not in ready and now - out.since > limit(out.work.config)]
+
+    def _stop(self, spec: StageSpec, out: "_HandedOut") -> UnitResult | None:
+        limit = out.work.config.time_limit_s or ITEM_LIMIT_S
+        return self._take_back(spec, out, f"took longer than its time limit ({spec.name}.time_limit_s={limit:g})")
+
+    def _take_back(self, spec: StageSpec, out: "_HandedOut", why: str) -> UnitResult | None:
+        """Make sure that the worker stores nothing any more; None where the unit is to be tried again."""
+        self._ray.get(self._board.revoke.remote(out.token))
+        self._ray.kill(out.actor)
+        self._pool.remove(out.actor)
+        log.warning("%s: %s unit %d %s", spec.name, out.unit.subject, out.unit.index, why)
+        if out.attempt < MAX_DEATHS:
+            return None
+        return UnitResult(error=f"{why} (tried {MAX_DEATHS} times)")
 
     def _show(self, running: dict, finished: float, total: float, progress: UnitProgress) -> None:
         latest = self._ray.get(self._board.read.remote())
         done, message = finished, ""
-        for _, _, unit, _ in running.values():
-            if (unit.subject, unit.index) in latest:
-                at, of, text = latest[unit.subject, unit.index]
-                done += unit.items * at / max(of, 1)
+        for out in running.values():
+            if (out.unit.subject, out.unit.index) in latest:
+                at, of, text = latest[out.unit.subject, out.unit.index]
+                done += out.unit.items * at / max(of, 1)
                 message = text or message
         progress(done, total, message)
 
@@ -169,15 +219,14 @@ class RayExecutor:
             self._release()
             self._shape = (cpus, gpus)
         while len(self._pool) < max(1, min(room, units)):
-            self._pool.append(self._start())
+            self._add()
 
     def _start(self) -> Any:
         cpus, gpus = self._shape or (1.0, 0.0)
         actor = self._ray.remote(RemoteWorker).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0)
         return actor.remote(self._settings, self._board)
 
-    def _replace(self, dead: Any) -> Any:
-        self._pool.remove(dead)
+    def _add(self) -> Any:
         self._pool.append(self._start())
         return self._pool[-1]
 
@@ -185,6 +234,18 @@ class RayExecutor:
         for actor in self._pool:
             self._ray.kill(actor)
         self._pool = []
+
+
+@dataclass(frozen=True)
+class _HandedOut:
+    """A unit in a worker's hands."""
+
+    actor: Any
+    work: Work
+    unit: Unit
+    attempt: int
+    token: str
+    since: float
 
 
 def _last_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from stages.errors import MissingInputError
 from stages.spec import StageConfig, StageSpec
-from stages.worker import Unit, UnitResult, Worker, WorkerSettings
+from stages.worker import Earlier, Unit, UnitResult, Worker, WorkerSettings
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, read_rows
 from storage.catalog import Catalog
 from storage.objects import ObjectStore, StoredFile
@@ -62,6 +62,7 @@ class StageReport:
         done: Subject to the artifact just made.
         failed: Subject to the error.
         counts: Outcomes over all items just computed.
+        reused: Items of these whose outcome was taken from an earlier result.
         seconds: Wall time.
     """
 
@@ -70,14 +71,16 @@ class StageReport:
     done: dict[str, Artifact] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
+    reused: int = 0
     seconds: float = 0.0
 
     def line(self) -> str:
         """The one log line of a stage."""
         rejects = ", ".join(f"{n} {k}" for k, n in sorted(self.counts.items()) if k != "ok")
+        reused = f"; {self.reused} of {self.counts.total()} items reused" if self.reused else ""
         return (
             f"{self.stage}: {len(self.done)} done, {len(self.fresh)} fresh, {len(self.failed)} failed; "
-            f"{self.counts['ok']} items ok{', ' + rejects if rejects else ''}; {self.seconds:.1f} s"
+            f"{self.counts['ok']} items ok{', ' + rejects if rejects else ''}{reused}; {self.seconds:.1f} s"
         )
 
 
@@ -129,7 +132,7 @@ class Engine:
         """Compute all works, which share one stage; one that fails never stops the others."""
         report = StageReport(works[0].spec.name)
         started = time.perf_counter()
-        pending = {work.subject: _Pending(work, self._plan_units(work)) for work in works}
+        pending = {work.subject: _Pending(work, self.plan_units(work)) for work in works}
         todo = []
         for item in pending.values():
             item.results.update(self._finished_units(item))
@@ -146,8 +149,12 @@ class Engine:
         log.info(report.line())
         return report
 
-    def _plan_units(self, work: Work) -> list[Unit]:
-        """Split a subject: by part files of the first input, or all at once."""
+    def plan_units(self, work: Work) -> list[Unit]:
+        """Split a subject: by part files of the first input, or all at once.
+
+        Raises:
+            MissingInputError: An input is not there.
+        """
         fingerprint = work.recipe.fingerprint
         if work.source:
             return [Unit(work.subject, 0, fingerprint, {}, (work.source[0],))]
@@ -160,10 +167,23 @@ class Engine:
             raise MissingInputError(f"{work.spec.name} of {work.subject} needs {first}, which is not there")
         if work.spec.scope == "film":
             return [Unit(work.subject, 0, fingerprint, files, items=sum(f.rows for f in files[first]))]
+        earlier = self._find_earlier(work)
         return [
-            Unit(work.subject, index, fingerprint, files | {first: (part,)}, items=part.rows)
+            Unit(work.subject, index, fingerprint, files | {first: (part,)}, items=part.rows, earlier=earlier)
             for index, part in enumerate(files[first])
         ]
+
+    def _find_earlier(self, work: Work) -> Earlier | None:
+        """The newest result of the same stage, settings and weights for the subject, and what it was made from."""
+        now = work.recipe
+        same = {"version": now.version, "config": dict(now.config), "weights": dict(now.weights)}
+        for artifact in reversed(self._catalog.artifacts_of(work.spec.output, work.subject)):
+            if any(artifact.recipe[name] != value for name, value in same.items()):
+                continue
+            inputs = {found.kind: found.tables for i in artifact.inputs if (found := self._catalog.artifact(i))}
+            if inputs.keys() == set(work.spec.inputs):
+                return Earlier(inputs, artifact.files)
+        return None
 
     def _finished_units(self, item: "_Pending") -> dict[int, UnitResult]:
         work = item.work
@@ -176,7 +196,7 @@ class Engine:
         if result.error is None:
             self._catalog.save_unit(key, "done", attempts, result.as_dict())
             return
-        inputs = {role: [f.key for f in files] for role, files in unit.inputs.items()}
+        inputs = {role: [f.as_dict() for f in files] for role, files in unit.inputs.items()}
         facts = {"inputs": inputs, "source": unit.rows[0] if unit.rows else None, "version": work.spec.version}
         self._catalog.save_unit(key, "failed", attempts, result.as_dict() | facts)
 
@@ -195,6 +215,7 @@ class Engine:
             report.failed[work.subject] = error
             return
         report.counts += counts
+        report.reused += sum(r.reused for r in results)
         report.done[work.subject] = self._commit(work, results, dict(counts))
         log.debug("%s: %s committed", spec.name, work.subject)
 

@@ -41,6 +41,13 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    time_limit_s: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a unit's worker is stopped; none: an hour for item stages, no limit for jobs",
+        json_schema_extra={"neutral": True},
+    )
+
     def weights(self) -> tuple[str, ...]:
         """Names (in `models.weights.TABLE`) of the weights that these settings need."""
         return ()
@@ -100,8 +107,9 @@ class StageSpec:
         output: The artifact kind it writes.
         schema: Columns of the output; None for a job, which writes files of its own.
         key: Columns of the first input that together identify an item.
-        scope: `part`: a worker takes one part file of the first input at once; `film`: all of a film at once;
-            `set`: all subjects together (jobs).
+        scope: `part`: a worker takes one part file of the first input at once, and an item's outcome depends on its
+            own row and the other inputs' rows of its frame alone; `film`: all of a film at once; `set`: all subjects
+            together (jobs).
         cpus: Cores a worker asks for.
         gpus: Accelerators a worker asks for where the machine has any.
     """

@@ -3,26 +3,43 @@
 Only small descriptors come in and go out; the bytes move between the worker and the object store.
 """
 
+import itertools
 import shutil
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from stages.errors import FilmError, MoviedreamerError, StageError
+from stages.errors import ComputationError, FilmError, MoviedreamerError, StageError
 from stages.spec import Fail, Ok, Outcome, Progress, Row, Skip, StageConfig, StageSpec, no_progress
 from storage.artifacts import TableWriter, read_rows
 from storage.errors import StorageError, StoreFullError, StoreUnavailableError
 from storage.objects import ObjectStore, StoredFile
 
+MayStore = Callable[[], bool]
+"""Asked just before results are stored: whether this worker still holds the unit."""
+
 REJECTS = pa.schema([("item", pa.string()), ("outcome", pa.string()), ("reason", pa.string())])
 PART_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the same stage with the same settings made of the same subject from other inputs.
+
+    Attributes:
+        inputs: Role to the files that it read.
+        files: What it wrote, rejects included.
+    """
+
+    inputs: dict[str, tuple[StoredFile, ...]]
+    files: tuple[StoredFile, ...]
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Unit:
         inputs: Role to stored files. For an item stage the first role's files are this unit's own.
         rows: The items themselves, for a stage whose first input is no artifact (a film's file).
         items: How many items it holds, for progress.
+        earlier: Where results of items may be taken from whose own inputs are as they were.
     """
 
     subject: str
@@ -44,6 +62,7 @@ class Unit:
     inputs: dict[str, tuple[StoredFile, ...]]
     rows: tuple[Row, ...] = ()
     items: int = 1
+    earlier: Earlier | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,7 @@ class UnitResult:
         counts: Outcomes: `ok`, `skip:<reason>`, `fail`.
         summary: What a job said of its result.
         seconds: Work time.
+        reused: Items that were taken from an earlier result.
         error: What went wrong, for a person.
         retryable: Whether trying again later may help.
     """
@@ -63,6 +83,7 @@ class UnitResult:
     counts: dict[str, int] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    reused: int = 0
     error: str | None = None
     retryable: bool = False
 
@@ -73,7 +94,7 @@ class UnitResult:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "UnitResult":
         """The inverse of `as_dict`; what else the catalog keeps beside it is left out."""
-        known = {name: values[name] for name in UnitResult.__dataclass_fields__}
+        known = {name: values[name] for name in UnitResult.__dataclass_fields__ if name in values}
         return UnitResult(**(known | {"files": tuple(StoredFile(**f) for f in values["files"])}))
 
 
@@ -89,16 +110,28 @@ class WorkerSettings:
 class Worker:
     """Runs units of any stage, keeping the last stage's models loaded.
 
+    Args:
+        settings: Where things are.
+        results: Where results are stored; None for where the inputs are.
+
     Errors of the unit's own never escape: they come back in the `UnitResult`. Storage that is full does escape,
     because every other unit would meet it too.
     """
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, results: ObjectStore | None = None) -> None:
         self._settings = settings
         self._store = ObjectStore(settings.store_uri, settings.scratch / "objects")
+        self._results = results or self._store
         self._loaded: tuple[Any, Any] | None = None
 
-    def run(self, spec: StageSpec, config: StageConfig, unit: Unit, progress: Progress = no_progress) -> UnitResult:
+    def run(
+        self,
+        spec: StageSpec,
+        config: StageConfig,
+        unit: Unit,
+        progress: Progress = no_progress,
+        may_store: MayStore = lambda: True,
+    ) -> UnitResult:
         """Run one unit.
 
         Raises:
@@ -107,9 +140,7 @@ class Worker:
         """
         started = time.perf_counter()
         try:
-            stage = self._load(spec, config)
-            body = self._run_job if spec.schema is None else self._run_items
-            files, counts, summary = body(spec, stage, unit, progress)
+            return self.compute(spec, config, unit, progress, may_store)
         except (StoreFullError, StoreUnavailableError):
             raise
         except OSError as error:
@@ -119,7 +150,21 @@ class Worker:
         except Exception as error:
             permanent = isinstance(error, FilmError)  # the film itself is bad; all else may work another time
             return UnitResult(error=_describe(error), seconds=time.perf_counter() - started, retryable=not permanent)
-        return UnitResult(tuple(files), dict(counts), summary, time.perf_counter() - started)
+
+    def compute(
+        self,
+        spec: StageSpec,
+        config: StageConfig,
+        unit: Unit,
+        progress: Progress = no_progress,
+        may_store: MayStore = lambda: True,
+    ) -> UnitResult:
+        """`run`, with every error as it was raised: for a debugger."""
+        started = time.perf_counter()
+        stage = self._load(spec, config)
+        body = self._run_job if spec.schema is None else self._run_items
+        result = body(spec, stage, unit, progress, may_store)
+        return replace(result, seconds=time.perf_counter() - started)
 
     def _load(self, spec: StageSpec, config: StageConfig) -> Any:
         key = (spec.implementation, config)
@@ -128,9 +173,7 @@ class Worker:
             self._loaded = (key, spec.load()(config, self._settings.weights_dir))
         return self._loaded[1]
 
-    def _run_job(
-        self, spec: StageSpec, job: Any, unit: Unit, progress: Progress
-    ) -> tuple[list[StoredFile], Counter, dict]:
+    def _run_job(self, spec: StageSpec, job: Any, unit: Unit, progress: Progress, may_store: MayStore) -> UnitResult:
         scratch = self._settings.scratch / f"{spec.name}-{unit.fingerprint[:16]}"
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=scratch.parent, prefix=f"{spec.name}-") as folder:
@@ -141,9 +184,10 @@ class Worker:
             paths = sorted(p for p in out.rglob("*") if p.is_file())
             if not paths:
                 raise StageError(f"{spec.name} wrote no file")
-            files = [self._store.put(path, path.relative_to(out).as_posix()) for path in paths]
+            _insist(may_store, spec, unit)
+            files = [self._results.put(path, path.relative_to(out).as_posix()) for path in paths]
         shutil.rmtree(scratch)
-        return files, Counter(ok=1), summary
+        return UnitResult(tuple(files), {"ok": 1}, summary)
 
     def _link_inputs(self, unit: Unit, folder: Path) -> dict[str, list[Path]]:
         """Give a job its input files under their own names."""
@@ -157,21 +201,55 @@ class Worker:
         return inputs
 
     def _run_items(
-        self, spec: StageSpec, stage: Any, unit: Unit, progress: Progress
-    ) -> tuple[list[StoredFile], Counter, dict]:
+        self, spec: StageSpec, stage: Any, unit: Unit, progress: Progress, may_store: MayStore
+    ) -> UnitResult:
         items, others = self._read_inputs(spec, unit)
+        kept = self._reuse(spec, unit.earlier, items, others) if unit.earlier else {}
+        todo = [row for row in items if spec.item_of(row) not in kept]
+        if kept:
+            frames = {row["frame_index"] for row in todo}
+            others = {role: [row for row in rows if row["frame_index"] in frames] for role, rows in others.items()}
         counts: Counter = Counter()
         self._settings.scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._settings.scratch, prefix=f"{spec.name}-") as folder:
             table = TableWriter(Path(folder), spec.schema, "part", PART_ROWS)
             rejects = TableWriter(Path(folder), REJECTS, "rejects", 1 << 20)
-            outcomes = stage(**{spec.inputs[0]: items}, **others)
-            for done, outcome in enumerate(checked(spec, items, outcomes), 1):
+            outcomes = checked(spec, todo, stage(**{spec.inputs[0]: todo}, **others)) if todo else iter(())
+            for done, outcome in enumerate(_merged([spec.item_of(row) for row in items], kept, outcomes), 1):
                 _write_outcome(outcome, table, rejects, counts)
                 progress(done, len(items), "")
             parts = table.close() + rejects.close(keep_empty=False)
-            files = [self._store.put(path, f"{path.stem}-{unit.index:05d}{path.suffix}", rows) for path, rows in parts]
-        return sorted(files, key=lambda f: f.name), counts, {}
+            _insist(may_store, spec, unit)
+            files = [
+                self._results.put(path, f"{path.stem}-{unit.index:05d}{path.suffix}", rows) for path, rows in parts
+            ]
+        return UnitResult(tuple(sorted(files, key=lambda f: f.name)), dict(counts), reused=len(kept))
+
+    def _reuse(
+        self, spec: StageSpec, earlier: Earlier, items: list[Row], others: dict[str, list[Row]]
+    ) -> dict[str, Outcome]:
+        """Earlier outcomes of the items whose own row and whose frame's rows of the other inputs are as they were."""
+        if not items:
+            return {}
+        frames = [row["frame_index"] for row in items]
+        span = min(frames), max(frames)
+        first, *rest = spec.inputs
+        before = {row["frame_index"]: row for row in read_rows(self._store, earlier.inputs[first], span)}
+        now = {role: _by_frame(rows) for role, rows in others.items()}
+        then = {role: _by_frame(read_rows(self._store, earlier.inputs[role], span)) for role in rest}
+        rejects = [f for f in earlier.files if f.name.startswith("rejects-")]
+        rejected = {row["item"]: row for row in read_rows(self._store, rejects)}
+        made = _by_frame(read_rows(self._store, [f for f in earlier.files if f not in rejects], span))
+        kept: dict[str, Outcome] = {}
+        for row in items:
+            item, frame = spec.item_of(row), row["frame_index"]
+            if before.get(frame) != row or any(now[role].get(frame) != then[role].get(frame) for role in rest):
+                continue
+            if item not in rejected:
+                kept[item] = Ok(item, made.get(frame, []))
+            elif rejected[item]["outcome"] == "skip":
+                kept[item] = Skip(item, rejected[item]["reason"])
+        return kept
 
     def _read_inputs(self, spec: StageSpec, unit: Unit) -> tuple[list[Row], dict[str, list[Row]]]:
         """The unit's items, and the rows of the other inputs that belong to the same frames."""
@@ -188,6 +266,35 @@ class Worker:
             rows = read_rows(self._store, unit.inputs[role], (min(frames), max(frames)))
             others[role] = [row for row in rows if row["frame_index"] in wanted]
         return items, others
+
+
+def _merged(order: list[str], kept: dict[str, Outcome], computed: Iterator[Outcome]) -> Iterator[Outcome]:
+    """All outcomes in the order of the items."""
+    for item in order:
+        if item in kept:
+            yield kept[item]
+        else:
+            yield from itertools.islice(computed, 1)
+    yield from computed
+
+
+def _by_frame(rows: Iterable[Row]) -> dict[int, list[Row]]:
+    frames: dict[int, list[Row]] = {}
+    for row in rows:
+        frames.setdefault(row["frame_index"], []).append(row)
+    return frames
+
+
+def _insist(may_store: MayStore, spec: StageSpec, unit: Unit) -> None:
+    """A worker that comes back late, after its unit was given to another, must not store anything.
+
+    Raises:
+        ComputationError: The unit is another worker's by now.
+    """
+    if not may_store():
+        raise ComputationError(
+            f"{spec.name} of {unit.subject}, unit {unit.index}, was given to another worker meanwhile"
+        )
 
 
 def checked(spec: StageSpec, items: list[Row], outcomes: Iterator[Outcome]) -> Iterator[Outcome]:

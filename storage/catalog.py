@@ -124,6 +124,10 @@ class Catalog:
         """All artifacts, oldest first."""
         return self._select()
 
+    def artifacts_of(self, kind: str, subject: str) -> list[Artifact]:
+        """Every artifact of a kind about a subject, oldest first."""
+        return self._select(artifact.c.kind == kind, artifact.c.subject == subject)
+
     def outline(self, kind: str) -> Sequence[Any]:
         """Subject, fingerprint and content digest of every artifact of a kind, in no order."""
         columns = sa.select(artifact.c.subject, artifact.c.fingerprint, artifact.c.digest)

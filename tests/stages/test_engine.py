@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from stages.cluster import RayExecutor
+from stages.cluster import Board, RayExecutor, RemoteWorker
 from stages.engine import Engine, InlineExecutor, Work
 from stages.worker import WorkerSettings
 from storage.artifacts import read_rows
@@ -18,8 +18,8 @@ class Bench:
         catalog, objects = backend or (f"sqlite:///{folder / 'catalog.sqlite'}", str(folder / "objects"))
         self.catalog = Catalog(catalog)
         self.store = ObjectStore(objects, folder / "cache")
-        settings = WorkerSettings(self.store.uri, folder / "scratch", None)
-        self.executor = executor(settings) if executor else InlineExecutor(settings)
+        self.settings = WorkerSettings(self.store.uri, folder / "scratch", None)
+        self.executor = executor(self.settings) if executor else InlineExecutor(self.settings)
         self.engine = Engine(self.catalog, self.store, self.executor)
 
     def run(self, works):
@@ -165,8 +165,63 @@ def test_ray_gives_a_unit_up_after_three_deaths(ray_bench):
         for f, m in (("dies", "die"), ("lives", "slow"))
     ]
     report = ray_bench.run(works)
-    assert "killed its worker 3 times" in report.failed["dies"]
+    assert "killed its worker" in report.failed["dies"]
     assert list(report.done) == ["lives"]
+
+
+def test_ray_stops_a_unit_that_hangs(ray_bench):
+    counted = ray_bench.count("hangs", "goes on")
+    works = [
+        Work(DOUBLE, DoubleConfig(mode=m, time_limit_s=0.5), f, {"count": [counted.done[f]]}, {})
+        for f, m in (("hangs", "hang"), ("goes on", "right"))
+    ]
+    report = ray_bench.run(works)
+    assert "took longer than its time limit (double.time_limit_s=0.5)" in report.failed["hangs"]
+    assert list(report.done) == ["goes on"]
+
+
+def test_a_worker_that_comes_back_late_stores_nothing(ray_bench):
+    import ray
+
+    counted = ray_bench.count("late")
+    work = Work(DOUBLE, DoubleConfig(mode="slow"), "late", {"count": [counted.done["late"]]}, {})
+    (unit,) = ray_bench.engine.plan_units(work)
+    before = ray_bench.store.keys()
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    worker = ray.remote(RemoteWorker).options(num_cpus=0).remote(ray_bench.settings, board)
+    late = worker.run.remote(DOUBLE, work.config, unit, "first try")
+    board.revoke.remote("first try")
+    assert "was given to another worker meanwhile" in ray.get(late).error
+    assert ray_bench.store.keys() == before
+    assert ray.get(worker.run.remote(DOUBLE, work.config, unit, "second try")).error is None
+
+
+def test_items_whose_own_inputs_did_not_change_are_not_computed_again(bench, tmp_path):
+    marker = tmp_path / "computed"
+    config = {"mode": "note", "marker": str(marker)}
+    bench.double(bench.count("a", rows=300), **config)
+    marker.unlink()
+    report = bench.double(bench.count("a", rows=303), **config)
+    assert marker.read_text().split() == ["9000", "9030", "9060"]
+    assert (report.reused, report.counts["ok"]) == (300, 303)
+    assert "300 of 303 items reused" in report.line()
+    artifact = report.done["a"]
+    assert [r["value"] for r in read_rows(bench.store, artifact.tables)] == [2 * i for i in range(303)]
+    marker.unlink()
+    assert bench.double(bench.count("a", rows=304), mode="right").reused == 0, "another setting, other results"
+
+
+def test_reused_rejects_and_results_give_the_same_bytes_as_a_whole_computation(tmp_path):
+    digests = []
+    for run, earlier in (("with", 20), ("without", None)):
+        bench = Bench(tmp_path / run)
+        if earlier:
+            bench.double(bench.count("a", rows=earlier), mode="skip")
+        report = bench.double(bench.count("a", rows=26), mode="skip")
+        assert (report.reused, report.counts) == (earlier or 0, {"ok": 13, "skip:odd": 13})
+        digests.append(report.done["a"].digest)
+        bench.catalog.close()
+    assert digests[0] == digests[1]
 
 
 def test_ray_shows_progress_of_a_running_unit(ray_bench):

@@ -60,6 +60,8 @@ class Double:
             if marker:
                 marker.touch()
             os._exit(1)
+        if mode == "hang":
+            time.sleep(600)
         for index, row in enumerate(count):
             if mode == "forget" and index == 1:
                 continue
@@ -76,6 +78,9 @@ class Double:
                 yield Ok(str(row["frame_index"]), [])
             if mode == "slow":
                 time.sleep(0.2)
+            if mode == "note":
+                with marker.open("a") as stream:
+                    stream.write(f"{row['frame_index']}\n")
 
 
 DOUBLE = StageSpec("double", 1, "tests.stages.tiny_stages:Double", ("count",), "double", NUMBERS)
