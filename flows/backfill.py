@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from flows.ingest import FILM_STAGES, ingest_films, pack_shards
-from flows.pipeline import Pipeline
+from flows.pipeline import COMPUTABLE, Pipeline
 from flows.plan import Plan, choose_films, make_plan, select_stages
 from flows.sources import Source, listed_films, resolve
 from stages import shards
@@ -77,7 +77,7 @@ def run_batch(pipeline: Pipeline, request: BackfillRequest, film_ids: Sequence[s
         except FilmError as error:
             pipeline.failed[source.film_id] = ("source", str(error))
     # A failure that was forgotten leaves a film missing, or stale where other settings gave a result.
-    states = (request.reprocess,) if request.reprocess in ("missing", "stale") else ("missing", "stale")
+    states = (request.reprocess,) if request.reprocess in COMPUTABLE else COMPUTABLE
     ingest_films(pipeline, films, [spec for spec in FILM_STAGES if spec.name in selected], states)
     failed = {film_id for film_id in film_ids if film_id in pipeline.failed}
     return {"films": len(film_ids), "failed": len(failed), "newly_failed": len(failed - known_bad)}

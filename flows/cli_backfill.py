@@ -8,18 +8,22 @@ from typing import Any
 
 import click
 
-from flows.terminal import EXIT_FAILED, common, open_workspace, print_outcome, print_table, start_prefect
+from flows.terminal import (
+    EXIT_FAILED,
+    common,
+    describe_duration,
+    open_workspace,
+    print_outcome,
+    print_table,
+    start_prefect,
+)
 
 
 def _selection(command: Any) -> Any:
     """Options that choose stages and films."""
     for option in (
-        click.option(
-            "--films", metavar="GLOB|FILE", help="Film ids by pattern, or those of a CSV or Parquet catalogue."
-        ),
-        click.option(
-            "--select", metavar="STAGE", help="One stage; STAGE+ with what follows, +STAGE with what it needs."
-        ),
+        click.option("--films", metavar="GLOB|FILE", help="Film ids by pattern, or those of a catalogue."),
+        click.option("--select", metavar="STAGE", help="One stage; STAGE+ and what follows, +STAGE and what it needs."),
     ):
         command = option(command)
     return command
@@ -110,13 +114,10 @@ def _print_backfill(summary: dict[str, Any], as_json: bool) -> None:
 
 
 def _estimate_cells(estimate: dict[str, Any]) -> dict[str, str]:
-    def duration(seconds: float | None) -> str:
-        return "?" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
-
     size = estimate["bytes"]
-    low, high = (duration(estimate[name]) for name in ("seconds_low", "seconds_high"))
+    low, high = (describe_duration(estimate[name]) for name in ("seconds_low", "seconds_high"))
     return {
-        "time": duration(estimate["seconds"]),
+        "time": describe_duration(estimate["seconds"]),
         "range": f"{low} to {high}",
         "size": "?" if size is None else f"{size / 1e6:.1f} MB",
     }

@@ -9,7 +9,9 @@ from typing import Any
 
 from flows.generate import NEWEST_STORY, make_movie, register_references, register_story, retell_films
 from flows.ingest import NEWEST_SNAPSHOT, ingest_films, pack_shards
+from flows.model_registry import Model, adopt_model, champion, choose_champion, get_model, register_model
 from flows.pipeline import Pipeline
+from flows.snapshots import find_snapshot
 from flows.sources import Film, expand, resolve
 from flows.train import adopt_snapshot, train_models
 from flows.workspace import Workspace
@@ -22,11 +24,13 @@ class Request:
     """What a command was asked for.
 
     Attributes:
-        command: `run`, `ingest`, `train`, `generate` or `evaluate`.
+        command: `run`, `ingest`, `train`, `retrain`, `generate` or `evaluate`.
         films: Files, folders, URLs or catalogues, for `run` and `ingest`.
         story: A story file, for `generate` and, if given, `run`.
         out: Where the movie goes.
         references: Pictures whose style and people a generation follows (few-shot).
+        snapshot: What to train on, by name; the newest where None.
+        model: What to generate with, by name; the champion where None, and where there is none the newest snapshot's.
     """
 
     command: str
@@ -34,6 +38,8 @@ class Request:
     story: Path | None = None
     out: Path | None = None
     references: tuple[Path, ...] = ()
+    snapshot: str | None = None
+    model: str | None = None
 
 
 @dataclass
@@ -42,6 +48,7 @@ class Walked:
 
     pipeline: Pipeline
     movie: Path | None = None
+    decision: dict[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,6 +66,7 @@ class Walked:
                 for subject, (stage, error) in sorted(pipeline.failed.items())
             ],
             "movie": str(self.movie) if self.movie else None,
+            "decision": self.decision,
         }
 
 
@@ -74,10 +82,17 @@ def walk(pipeline: Pipeline, request: Request) -> Walked:
     film_ids: list[str] = []
     if request.command in ("run", "ingest"):
         film_ids, snapshot = _walk_films(pipeline, request.films)
-    if request.command in ("train", "generate", "evaluate"):
-        snapshot = _adopt_newest(pipeline)
-    if request.command != "ingest" and snapshot is not None:
+    elif request.command in ("generate", "evaluate") and (model := _choose_model(pipeline, request.model)):
+        snapshot = adopt_model(pipeline, model)
+    else:
+        snapshot = _adopt_snapshot(pipeline, request.snapshot)
         train_models(pipeline, snapshot)
+    if request.command == "run" and snapshot is not None:
+        train_models(pipeline, snapshot)
+    if request.command in ("train", "retrain") and snapshot is not None:
+        candidate = register_model(pipeline, snapshot)
+        if candidate and request.command == "retrain":
+            walked.decision = choose_champion(pipeline, candidate, snapshot)
     if request.command in ("run", "generate", "evaluate") and snapshot is not None:
         story = _choose_story(pipeline, request, film_ids)
         if story is not None:
@@ -85,6 +100,11 @@ def walk(pipeline: Pipeline, request: Request) -> Walked:
             make_movie(pipeline, story, snapshot)
             walked.movie = _deliver(pipeline, pipeline.get("movie", story), request.out)
     return walked
+
+
+def _choose_model(pipeline: Pipeline, name: str | None) -> Model | None:
+    """The model of a name; without one the champion, if there is one."""
+    return get_model(pipeline.workspace, name) if name else champion(pipeline.workspace)
 
 
 def _walk_films(pipeline: Pipeline, names: tuple[str, ...]) -> tuple[list[str], str | None]:
@@ -100,8 +120,11 @@ def _walk_films(pipeline: Pipeline, names: tuple[str, ...]) -> tuple[list[str], 
     return [film.film_id for film in films], pack_shards(pipeline, splits)
 
 
-def _adopt_newest(pipeline: Pipeline) -> str:
-    snapshot = pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT)
+def _adopt_snapshot(pipeline: Pipeline, name: str | None) -> str:
+    if name is not None:
+        snapshot: str | None = find_snapshot(pipeline.workspace, name)
+    else:
+        snapshot = pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT)
     if snapshot is None or not adopt_snapshot(pipeline, snapshot):
         raise MissingInputError(
             f"workspace {pipeline.workspace.folder} holds no films yet: run `moviedreamer ingest FILM...` first"

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-from flows.pipeline import Pipeline
+from flows.pipeline import COMPUTABLE, Pipeline
 from flows.sources import Film
 from stages import captions, faces, identities, keyframes, people, scripts, shards
 from stages.shards import shard_of
@@ -25,7 +25,7 @@ def ingest_films(
     pipeline: Pipeline,
     films: Iterable[Film],
     stages: Sequence[StageSpec] = FILM_STAGES,
-    states: Collection[str] = ("missing", "stale"),
+    states: Collection[str] = COMPUTABLE,
 ) -> None:
     """Take films through every stage that looks at one film alone.
 

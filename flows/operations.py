@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.artifacts import create_table_artifact
 from prefect.server.api.server import SubprocessASGIServer
 
+from flows import removal as removals
 from flows.backfill import (
     BackfillRequest,
     Reprocess,
@@ -22,9 +24,12 @@ from flows.backfill import (
     run_batch,
 )
 from flows.commands import Request, Walked, walk
+from flows.heartbeat import Heartbeat
+from flows.ingest import NEWEST_SNAPSHOT
+from flows.metrics import Metrics
 from flows.pipeline import Pipeline, open_executor
 from flows.profile import ExplainedProfile
-from flows.tasks import make_runner
+from flows.tasks import Watch, make_runner
 from flows.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -36,19 +41,24 @@ def running(command: str, profile: str, workspace: str, settings: list[str]) -> 
     explained = ExplainedProfile(profile, tuple(settings))
     opened = Workspace.open(Path(workspace))
     run_id = opened.catalog.start_run(command)
-    state, pipeline = "failed", Pipeline(opened, explained.profile)
-    executor = open_executor(opened, explained.profile)
+    heartbeat = Heartbeat(opened.catalog, run_id)
+    state, pipeline = "failed", Pipeline(opened, explained.profile, run_id=run_id)
+    executor, metrics = None, None
     try:
-        pipeline.runner = make_runner(opened, executor, run_id)
+        metrics = Metrics(explained.profile.engine.metrics_address)
+        executor = open_executor(opened, explained.profile)
+        pipeline.runner = make_runner(opened, executor, run_id, Watch(heartbeat, metrics))
         yield pipeline
         state = "done"
     except KeyboardInterrupt:
         state = "interrupted"
         raise
     finally:
+        heartbeat.close()
         opened.catalog.end_run(run_id, state, Walked(pipeline).summary())
-        if close := getattr(executor, "close", None):
-            close()
+        for part in (executor, metrics):
+            if close := getattr(part, "close", None):
+                close()
         opened.catalog.close()
 
 
@@ -99,10 +109,27 @@ def ingest(
 
 @flow(name="train", validate_parameters=True)
 def train(
-    profile: str = "embedded", workspace: str = "./workspace", settings: list[str] | None = None
+    snapshot: str | None = None,
+    profile: str = "embedded",
+    workspace: str = "./workspace",
+    settings: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Train every model on the newest snapshot."""
-    return _perform(Request("train"), profile, workspace, settings or [])
+    """Train every model on a snapshot."""
+    return _perform(Request("train", snapshot=snapshot), profile, workspace, settings or [])
+
+
+@flow(name="retrain", validate_parameters=True)
+def retrain(
+    snapshot: str | None = None,
+    profile: str = "embedded",
+    workspace: str = "./workspace",
+    settings: list[str] | None = None,
+) -> dict[str, Any]:
+    """Train on a snapshot, and put the model in use where it is better than the champion."""
+    summary = _perform(Request("retrain", snapshot=snapshot), profile, workspace, settings or [])
+    if decision := summary["decision"]:
+        create_table_artifact(table=[decision], key="retrain-decision", description=decision["rule"])
+    return summary
 
 
 @flow(name="generate", validate_parameters=True)
@@ -110,21 +137,27 @@ def generate(
     story: str,
     out: str = "movie.mp4",
     references: list[str] | None = None,
+    model: str | None = None,
     profile: str = "embedded",
     workspace: str = "./workspace",
     settings: list[str] | None = None,
 ) -> dict[str, Any]:
     """A story in, a movie out."""
-    request = Request("generate", story=Path(story), out=Path(out), references=tuple(map(Path, references or ())))
+    request = Request(
+        "generate", story=Path(story), out=Path(out), references=tuple(map(Path, references or ())), model=model
+    )
     return _perform(request, profile, workspace, settings or [])
 
 
 @flow(name="evaluate", validate_parameters=True)
 def evaluate(
-    profile: str = "embedded", workspace: str = "./workspace", settings: list[str] | None = None
+    model: str | None = None,
+    profile: str = "embedded",
+    workspace: str = "./workspace",
+    settings: list[str] | None = None,
 ) -> dict[str, Any]:
     """Score the newest generation and the models behind it."""
-    return _perform(Request("evaluate"), profile, workspace, settings or [])
+    return _perform(Request("evaluate", model=model), profile, workspace, settings or [])
 
 
 @flow(name="backfill", validate_parameters=True)
@@ -154,3 +187,14 @@ def backfill(
         snapshot = finish(pipeline, request)
         summary = Walked(pipeline).summary() | {"batches": done, "snapshot": snapshot}
     return summary | judge_estimate(planned.plan, time.monotonic() - started)
+
+
+@flow(name="remove-film", validate_parameters=True)
+def remove_film(
+    film_id: str, profile: str = "embedded", workspace: str = "./workspace", settings: list[str] | None = None
+) -> dict[str, Any]:
+    """Take a film out, rebuild its shards without it, and delete what only it owned."""
+    with running("film remove", profile, workspace, settings or []) as pipeline:
+        removal = removals.remove_film(pipeline, film_id)
+        newest = pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT)
+        return Walked(pipeline).summary() | removal.as_dict() | {"snapshot": newest}

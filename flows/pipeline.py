@@ -18,6 +18,9 @@ from storage.plan import decide
 
 log = logging.getLogger(__name__)
 
+COMPUTABLE = ("missing", "stale")
+"""States of subjects that a walk computes; what failed for good is left alone."""
+
 Runner = Callable[[StageSpec, Sequence[Work]], StageReport]
 """Computes works of one stage; in a flow, a Prefect task run."""
 
@@ -40,6 +43,7 @@ class Pipeline:
         workspace: Where artifacts are.
         profile: All settings.
         runner: Computes what is not fresh; None makes this a plan.
+        run_id: The run that computes; None in a plan.
         todo: What a plan found to be done.
         failed: Subject to stage and error, of what failed now or earlier.
         reports: What each computed stage did.
@@ -49,13 +53,14 @@ class Pipeline:
     workspace: Workspace
     profile: Profile
     runner: Runner | None = None
+    run_id: str | None = None
     todo: list[Todo] = field(default_factory=list)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     reports: list[StageReport] = field(default_factory=list)
     fresh: int = 0
     _made: dict[tuple[str, str], Artifact] = field(default_factory=dict)
 
-    def step(self, spec: StageSpec, works: Iterable[Work], states: Collection[str] = ("missing", "stale")) -> None:
+    def step(self, spec: StageSpec, works: Iterable[Work], states: Collection[str] = COMPUTABLE) -> None:
         """One stage on its subjects. What is in none of `states` stays as it is, and what follows waits for it."""
         stale = []
         for work in works:

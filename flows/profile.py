@@ -21,6 +21,7 @@ from stages.identities import IdentitiesConfig
 from stages.keyframes import KeyframesConfig
 from stages.people import PeopleConfig
 from stages.render import RenderConfig
+from stages.score import ScoreConfig
 from stages.scripts import ScriptsConfig
 from stages.shards import ShardsConfig
 from stages.spec import StageConfig, StageSpec
@@ -42,6 +43,9 @@ class EngineConfig(BaseModel):
     cpus: int | None = Field(None, ge=1, description="cores for a Ray on this machine; none takes all")
     weights_dir: Path | None = Field(None, description="folder of weights; none is ~/.cache/moviedreamer/weights")
     max_concurrent: int | None = Field(None, ge=1, description="most units at once; none takes what the cores allow")
+    metrics_address: str | None = Field(
+        None, pattern=r"^[^:]*:\d+$", description="host:port where Prometheus reads metrics while a run goes on"
+    )
     failure_budget: float | None = Field(
         0.05, ge=0, le=1, description="share of films that may fail before a backfill stops; none for any"
     )
@@ -56,6 +60,16 @@ class GenerateConfig(BaseModel):
     frames_per_scene: int = Field(3, ge=1, description="keyframes in each of them")
 
 
+class RetrainConfig(BaseModel):
+    """When a newly trained model takes over."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    margin: float = Field(
+        0.0, ge=0, description="by how much a model's mean reciprocal rank has to exceed the champion's"
+    )
+
+
 class Profile(BaseModel):
     """All settings of a run."""
 
@@ -64,6 +78,7 @@ class Profile(BaseModel):
     name: str = "paper"
     engine: EngineConfig = EngineConfig()
     generate: GenerateConfig = GenerateConfig()
+    retrain: RetrainConfig = RetrainConfig()
     keyframes: KeyframesConfig = KeyframesConfig()
     people: PeopleConfig = PeopleConfig()
     faces: FacesConfig = FacesConfig()
@@ -75,6 +90,7 @@ class Profile(BaseModel):
     tokenize: TokenizeConfig = TokenizeConfig()
     train_renderer: TrainRendererConfig = TrainRendererConfig()
     train_autoregressive: TrainAutoregressiveConfig = TrainAutoregressiveConfig()
+    score: ScoreConfig = ScoreConfig()
     dream: DreamConfig = DreamConfig()
     render: RenderConfig = RenderConfig()
     animate: AnimateConfig = AnimateConfig()

@@ -8,6 +8,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import task
@@ -19,22 +21,45 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
 from tqdm import tqdm
 
+from flows.heartbeat import Heartbeat
+from flows.metrics import Metrics
 from flows.pipeline import Runner, compute
 from flows.workspace import Workspace
 from stages.engine import Executor, StageReport, Work
 from stages.spec import StageSpec
 from storage.artifacts import read_rows
 
+GPU_LIMIT = "gpu"
+"""Name of the global concurrency limit over all flows; without such a limit on the server, nothing waits."""
 PROGRESS_PERIOD_S = 3.0
 PAGE_ROWS = 200
 PICTURES = {"keyframes": "jpeg", "faces": "jpeg"}
 PICTURES_SHOWN = 12
 
 
-def make_runner(workspace: Workspace, executor: Executor, run_id: str) -> Runner:
-    """A runner that makes each stage a Prefect task run.
+@dataclass(frozen=True)
+class Watch:
+    """Who is told how far a run is, besides the terminal and the run page."""
+
+    heartbeat: Heartbeat
+    metrics: Metrics
+
+    def show(self, stage: str, done: float, total: float, message: str) -> None:
+        """A stage came so far."""
+        self.heartbeat.progress = {"stage": stage, "done": round(done, 1), "total": total, "message": message}
+        self.metrics.show_progress(stage, done, total)
+
+    def finish(self, report: StageReport) -> None:
+        """A stage is through."""
+        self.heartbeat.progress = None
+        self.metrics.count(report)
+
+
+def make_runner(workspace: Workspace, executor: Executor, run_id: str, watch: Watch) -> Runner:
+    """A runner that makes each stage a Prefect task run. Stages on accelerators hold a slot of the limit `gpu`.
 
     The works stay in this process; Prefect sees a stage's name and a few subjects, never a big parameter.
     """
@@ -42,8 +67,10 @@ def make_runner(workspace: Workspace, executor: Executor, run_id: str) -> Runner
     def run_stage(spec: StageSpec, works: Sequence[Work]) -> StageReport:
         @task(name=spec.name, cache_policy=NO_CACHE, persist_result=False, tags={"stage"})
         def stage_task(stage: str, subjects: int, examples: list[str]) -> StageReport:
-            with StageProgress(stage) as progress:
+            slot = concurrency(GPU_LIMIT, occupy=1) if spec.gpus else nullcontext()
+            with slot, StageProgress(stage, watch) as progress:
                 report = compute(workspace, executor, run_id, works, progress)
+            watch.finish(report)
             publish(workspace, report)
             return report
 
@@ -55,7 +82,8 @@ def make_runner(workspace: Workspace, executor: Executor, run_id: str) -> Runner
 class StageProgress:
     """Shows progress on the terminal (stderr) and on the run page."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, watch: Watch) -> None:
+        self._stage, self._watch = stage, watch
         interactive = sys.stderr.isatty()
         self._bar = tqdm(
             desc=f"{stage:>20}", total=1, file=sys.stderr, unit="item", mininterval=0.2 if interactive else 10,
@@ -66,6 +94,7 @@ class StageProgress:
 
     def __call__(self, done: float, total: float, message: str) -> None:
         """See `stages.engine.UnitProgress`."""
+        self._watch.show(self._stage, done, total, message)
         self._bar.total = max(total, 1e-9)
         self._bar.n = min(done, total)
         self._bar.set_postfix_str(message, refresh=False)

@@ -44,6 +44,11 @@ def start_prefect(opened: Any) -> Any:
     return operations
 
 
+def describe_duration(seconds: float | None) -> str:
+    """Seconds as a person reads them; `?` where they are not known."""
+    return "?" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 3600:.1f} h"
+
+
 def print_outcome(summary: dict[str, Any]) -> None:
     """What was computed, what of it was spared, and what failed."""
     for stage, count in summary["computed"].items():

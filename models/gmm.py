@@ -38,6 +38,10 @@ class Mixture:
     locations: Float[Tensor, "*batch component dim"]
     scales: Float[Tensor, "*batch component dim"]
 
+    def __getitem__(self, chosen: slice) -> "Mixture":
+        """Some of the batch."""
+        return Mixture(self.logits[chosen], self.locations[chosen], self.scales[chosen])
+
     def log_prob(self, values: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
         """Log density, in nats a token.
 

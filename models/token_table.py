@@ -67,7 +67,7 @@ class TokenTable:
         for row, characters in enumerate(self._columns["face_character"].to_pylist()):
             for position, character in enumerate(characters):
                 self._faces.setdefault((self.films[row], character), []).append((row, position))
-        self._runs = {split: self._find_runs(split) for split in ("train", "heldout")}
+        self._runs = {split: self._find_runs(split) for split in ("train", "heldout", "test")}
         self._training_rows: dict[str, list[int]] = {}
         for row in self.split_rows("train"):
             self._training_rows.setdefault(self.films[row], []).append(row)
@@ -84,8 +84,12 @@ class TokenTable:
         return runs
 
     def runs(self, split: str) -> list[list[int]]:
-        """Rows of consecutive keyframes of one film in split "train" or "heldout", as long as they go."""
+        """Rows of consecutive keyframes of one film in split "train", "heldout" or "test", as long as they go."""
         return self._runs[split]
+
+    def windows(self, split: str, frames: int) -> list[list[int]]:
+        """Runs cut into windows that do not overlap."""
+        return [run[start : start + frames] for run in self.runs(split) for start in range(0, len(run), frames)]
 
     def split_rows(self, split: str) -> list[int]:
         """All rows of a split."""

@@ -106,6 +106,7 @@ class RayExecutor:
         # Threads that spin while they wait for each other make a busy machine ten times slower.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray, self._settings = ray, settings
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
@@ -116,7 +117,8 @@ class RayExecutor:
             folder = {"_temp_dir": str(temp_dir)} if temp_dir else {}
             ray.init(address="local", include_dashboard=False, **local, **folder, **quiet)
         self._total, self._max_concurrent = ray.cluster_resources(), max_concurrent
-        self._board = ray.remote(Board).options(num_cpus=0).remote()
+        beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=beside).remote()
         self._pool: list[Any] = []
         self._shape: tuple[float, float] | None = None
 
@@ -137,18 +139,25 @@ class RayExecutor:
             return
         self._fit(spec, len(units))
         waiting = [(work, unit, 1) for work, unit in reversed(units)]
-        idle: list[Any] = list(self._pool)
+        starting = {actor.__ray_ready__.remote(): actor for actor in self._pool}  # for ever, where no host has room
+        idle: list[Any] = []
         running: dict[Any, _HandedOut] = {}
         total, finished = sum(unit.items for _, unit in units), 0.0
         while waiting or running:
             while idle and waiting:
                 out = _HandedOut(idle.pop(), *waiting.pop(), uuid.uuid4().hex, time.monotonic())
                 running[out.actor.run.remote(spec, out.work.config, out.unit, out.token)] = out
-            ready, _ = self._ray.wait(list(running), num_returns=1, timeout=POLL_S)
-            for future in [*ready, *self._find_late(spec, running, ready)]:
+            ready, _ = self._ray.wait([*running, *starting], num_returns=1, timeout=POLL_S)
+            idle += [starting.pop(future) for future in ready if future in starting]
+            ended = [future for future in ready if future in running]
+            for future in [*ended, *self._find_late(spec, running, ended)]:
                 out = running.pop(future)
-                result = self._receive(spec, future, out) if future in ready else self._stop(spec, out)
-                idle.append(out.actor if out.actor in self._pool else self._add())
+                result = self._receive(spec, future, out) if future in ended else self._stop(spec, out)
+                if out.actor in self._pool:
+                    idle.append(out.actor)
+                else:
+                    actor = self._add()
+                    starting[actor.__ray_ready__.remote()] = actor
                 if result is None:
                     waiting.append((out.work, out.unit, out.attempt + 1))
                     continue

@@ -225,17 +225,12 @@ class TrainAutoregressive:
         rng = np.random.default_rng([self._config.seed, 1])
         model.eval()
         total, count = 0.0, 0
-        for window in self._windows(keyframes.runs("heldout")):
+        for window in keyframes.windows("heldout", self._config.window_frames):
             frames = [keyframes.frame(row, rng, script_row=scripts and scripts[row]) for row in window]
             batch = model.collate([build_sequence(frames, model.tokenizer)])
             likelihood = model.log_likelihood(batch)
             total, count = total - float(likelihood.double().sum()), count + len(likelihood)
         return total / (count * model.config.token_dim) if count else None
-
-    def _windows(self, runs: list[list[int]]) -> list[list[int]]:
-        """Runs cut into windows that do not overlap."""
-        size = self._config.window_frames
-        return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
 
     def _measure(self, model: Any, keyframes: "TokenTable") -> dict[str, Any]:
         """The held-out likelihood and what it is compared with."""

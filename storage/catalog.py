@@ -17,6 +17,9 @@ from storage.errors import CatalogError
 from storage.objects import StoredFile
 from storage.tables import artifact, edge, film, ref, run, snapshot, unit
 
+DEAD_AFTER = timedelta(minutes=2)
+"""A run that has not said for so long that it is alive counts as killed."""
+
 
 def utc_now() -> str:
     """The current time, UTC, ISO 8601 with milliseconds."""
@@ -177,6 +180,51 @@ class Catalog:
                 connection.execute(sa.delete(edge).where(edge.c.artifact_id.in_(some)))
                 connection.execute(sa.delete(artifact).where(artifact.c.id.in_(some)))
 
+    def made_from(self, ids: Iterable[str]) -> list[str]:
+        """Ids of the artifacts that have one of some artifacts as an input."""
+        found: set[str] = set()
+        with self._database.read() as connection:
+            for some in _chunks(list(ids)):
+                found |= set(
+                    connection.execute(sa.select(edge.c.artifact_id).where(edge.c.input_id.in_(some))).scalars()
+                )
+        return sorted(found)
+
+    def subjects_of(self, ids: Iterable[str], kind: str) -> list[str]:
+        """Subjects of those of some artifacts that are of a kind, sorted."""
+        found: set[str] = set()
+        query = sa.select(artifact.c.subject).where(artifact.c.kind == kind)
+        with self._database.read() as connection:
+            for some in _chunks(list(ids)):
+                found |= set(connection.execute(query.where(artifact.c.id.in_(some))).scalars())
+        return sorted(found)
+
+    def forget_film(self, film_id: str) -> None:
+        """Take a film out of the catalog's list; its artifacts stay until they are deleted."""
+        with self._database.write() as connection:
+            connection.execute(sa.delete(film).where(film.c.film_id == film_id))
+
+    def forget_subject(self, subject: str, ids: Iterable[str]) -> None:
+        """Forget artifacts of a subject with all refs to them, and what its computations had reached."""
+        with self._database.write() as connection:
+            for some in _chunks(list(ids)):
+                connection.execute(sa.delete(ref).where(ref.c.target.in_(some)))
+                connection.execute(sa.delete(edge).where(edge.c.artifact_id.in_(some)))
+                connection.execute(sa.delete(artifact).where(artifact.c.id.in_(some)))
+            connection.execute(sa.delete(unit).where(unit.c.subject == subject))
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """Kind to `count`, `seconds` of work and `bytes` of all its artifacts, by kind."""
+        found: dict[str, dict[str, float]] = {}
+        columns = sa.select(artifact.c.kind, artifact.c.seconds, artifact.c.files).order_by(artifact.c.kind)
+        with self._database.read() as connection:
+            for kind, seconds, files in connection.execute(columns):
+                total = found.setdefault(kind, {"count": 0, "seconds": 0.0, "bytes": 0})
+                total["count"] += 1
+                total["seconds"] += seconds
+                total["bytes"] += sum(file["bytes"] for file in files)
+        return found
+
     # Units: what a film's computation has reached, until the film is committed
 
     def save_unit(self, key: tuple[str, str, str, int], state: str, attempts: int, result: Mapping[str, Any]) -> None:
@@ -262,10 +310,32 @@ class Catalog:
                 sa.select(snapshot.c.artifact_ids).where(snapshot.c.name == name)
             ).scalar_one_or_none()
 
+    def snapshots(self) -> list[dict[str, Any]]:
+        """All snapshots, oldest first: `name, artifact_ids, created_at`."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(snapshot).order_by(snapshot.c.created_at, snapshot.c.name)).mappings()
+            return [dict(row) for row in rows]
+
     def set_ref(self, name: str, target: str) -> None:
         """Point a name at an artifact or a snapshot."""
+        self.set_refs({name: target})
+
+    def set_refs(self, targets: Mapping[str, str]) -> None:
+        """Point several names at once."""
         with self._database.write() as connection:
-            _set_ref(connection, name, target)
+            for name, target in targets.items():
+                _set_ref(connection, name, target)
+
+    def delete_ref(self, name: str) -> None:
+        """Forget a name."""
+        with self._database.write() as connection:
+            connection.execute(sa.delete(ref).where(ref.c.name == name))
+
+    def refs(self, prefix: str) -> dict[str, str]:
+        """Name, without the prefix, to what it points at, of every ref whose name begins with a prefix."""
+        query = sa.select(ref.c.name, ref.c.target).where(ref.c.name.startswith(prefix, autoescape=True))
+        with self._database.read() as connection:
+            return {row.name.removeprefix(prefix): row.target for row in connection.execute(query.order_by(ref.c.name))}
 
     def get_ref(self, name: str) -> str | None:
         """What a name points at, or None."""
@@ -277,10 +347,17 @@ class Catalog:
     def start_run(self, command: str) -> str:
         """Record that a command started; returns the run's id."""
         run_id = f"run-{uuid.uuid4().hex[:12]}"
+        now = utc_now()
+        values = {"id": run_id, "command": command, "state": "running", "summary": {}, "started_at": now}
         with self._database.write() as connection:
-            values = {"id": run_id, "command": command, "state": "running", "summary": {}, "started_at": utc_now()}
-            connection.execute(sa.insert(run).values(**values))
+            connection.execute(sa.insert(run).values(**values, beat_at=now))
         return run_id
+
+    def beat(self, run_id: str, progress: Mapping[str, Any] | None) -> None:
+        """Record that a run is alive, and how far it is. A run that says nothing for `DEAD_AFTER` counts as killed."""
+        values = {"beat_at": utc_now(), "progress": dict(progress) if progress else None}
+        with self._database.write() as connection:
+            connection.execute(sa.update(run).where(run.c.id == run_id).values(**values))
 
     def end_run(self, run_id: str, state: str, summary: Mapping[str, Any]) -> None:
         """Record how a command ended (`done`, `failed`, `interrupted`)."""
@@ -289,11 +366,19 @@ class Catalog:
             connection.execute(sa.update(run).where(run.c.id == run_id).values(**values))
 
     def active_runs(self) -> list[dict[str, Any]]:
-        """Runs of the last day that have not ended, as far as the catalog knows."""
-        yesterday = (datetime.now(UTC) - timedelta(days=1)).isoformat(timespec="milliseconds")
-        query = sa.select(run).where(run.c.state == "running", run.c.started_at > yesterday)
+        """Runs that have not ended and whose process is alive, as far as the catalog knows; oldest first."""
+        return [row for row in reversed(self.runs()) if row["state"] == "running"]
+
+    def runs(self, count: int | None = None) -> list[dict[str, Any]]:
+        """The newest runs, newest first; one that fell silent without having ended has the state `killed`."""
+        limit = (datetime.now(UTC) - DEAD_AFTER).isoformat(timespec="milliseconds")
+        query = sa.select(run).order_by(run.c.started_at.desc()).limit(count)
         with self._database.read() as connection:
-            return [dict(row) for row in connection.execute(query.order_by(run.c.started_at)).mappings()]
+            rows = [dict(row) for row in connection.execute(query).mappings()]
+        for row in rows:
+            if row["state"] == "running" and (row["beat_at"] or row["started_at"]) < limit:
+                row["state"] = "killed"
+        return rows
 
 
 def current_ref(kind: str, subject: str) -> str:

@@ -83,6 +83,33 @@ def test_nothing_changed_means_nothing_done(home, first_run):
     assert artifacts(home) == before
 
 
+def test_models_are_compared_promoted_and_rolled_back(home, first_run):
+    def models():
+        return json.loads(call("models", "list", "--json", cwd=home).stdout)
+
+    first = json.loads(call("retrain", "--profile", PROFILE, "--json", cwd=home).stdout)
+    assert (first["computed"], first["decision"]["promoted"]) == ({}, True)
+    again = call("retrain", "--profile", PROFILE, "--set", "train_autoregressive.seed=7", "--json", cwd=home)
+    summary = json.loads(again.stdout)
+    assert summary["computed"] == {"train_autoregressive": 1, "score": 2}
+    scores, candidate = summary["decision"]["scores"], summary["decision"]["candidate"]
+    assert set(scores) == {first["decision"]["candidate"], candidate}
+    better = scores[candidate] > scores[first["decision"]["candidate"]]
+    assert summary["decision"]["promoted"] == better
+    if not better:
+        call("models", "promote", candidate, cwd=home)
+    assert {row["name"]: row["role"] for row in models()}[candidate] == "champion"
+    assert all(row["score"] == pytest.approx(scores[row["name"]]) for row in models())
+    call("models", "rollback", cwd=home)
+    assert {row["role"]: row["name"] for row in models()} == {
+        "champion": first["decision"]["candidate"],
+        "previous": candidate,
+    }
+    assert (
+        "is the champion already" in call("models", "promote", first["decision"]["candidate"], cwd=home, code=2).stderr
+    )
+
+
 def test_a_changed_caption_setting_redoes_captions_and_what_follows(home, first_run):
     before = artifacts(home)
     arguments = ("ingest", "my films", "--profile", PROFILE, "--set", "captions.max_sentences=3", "--json")
@@ -108,6 +135,9 @@ def test_an_operator_plans_backfills_and_looks_at_what_failed(home, first_run):
     (failure,) = json.loads(call("quarantine", "list", "--json", cwd=home).stdout)
     assert (failure["subject"], failure["stage"]) == ("broken.mp4", "keyframes")
     assert "broken.mp4" in call("quarantine", "show", "broken.mp4", cwd=home).stdout
+    state = json.loads(call("status", *settings, "--json", cwd=home).stdout)
+    assert (state["running"], state["films"], state["failed"][0]["count"]) == ([], 3, 1)
+    assert state["recent"][0]["command"] == "backfill"
     assert "1 released" in call("quarantine", "retry", cwd=home).stdout
     shard = next(row for (kind, _), row in artifacts(home).items() if kind == "shards")
     assert "bikes.mp4" in call("artifacts", "why", shard["id"], cwd=home).stdout
@@ -116,7 +146,9 @@ def test_an_operator_plans_backfills_and_looks_at_what_failed(home, first_run):
 
 
 def test_weights_and_numbers_can_be_read_by_machines(home, first_run):
-    rows = json.loads(call("evaluate", "--profile", PROFILE, "--json", cwd=home).stdout)
+    done = call("evaluate", "--profile", PROFILE, "--json", cwd=home)
+    assert "to do:" not in done.stderr, "the champion was evaluated already"
+    rows = json.loads(done.stdout)
     assert {"name", "value", "unit", "definition", "computed_with", "better"} <= set(rows[0])
     assert any(row["name"].startswith("reconstruction retrieval") and row["value"] is not None for row in rows)
 

@@ -30,6 +30,12 @@ def note_film(workspace: Workspace, film_id: str, path: Path | None = None, **fa
 
 def ingest(workspace: Workspace, *film_ids: str, profile: Profile = PROFILE, seconds: float = 2.0) -> None:
     """Commit every artifact of films, each with the recipe that an ingestion gives it, and then the shards."""
+    ingest_films(workspace, film_ids, profile, seconds)
+    pack(workspace, profile)
+
+
+def ingest_films(workspace, film_ids, profile, seconds=2.0, table=None) -> None:
+    """Commit every artifact of films; `table(spec, film_id)` gives the stored part file of each."""
     for film_id in film_ids:
         digests = {FILM_STAGES[0].inputs[0]: note_film(workspace, film_id)}
         made: dict[str, str] = {}
@@ -37,11 +43,10 @@ def ingest(workspace: Workspace, *film_ids: str, profile: Profile = PROFILE, sec
             work = Pipeline(workspace, profile).work(spec, film_id, {})
             inputs = {kind: [digests[kind]] for kind in spec.inputs}
             recipe = Recipe(spec.name, spec.version, work.config.recipe(), work.weights, inputs)
-            artifact = commit(
-                workspace, spec.output, film_id, recipe, [made[k] for k in spec.inputs if k in made], seconds
-            )
+            stored = table(spec, film_id) if table else None
+            inputs = [made[k] for k in spec.inputs if k in made]
+            artifact = commit(workspace, spec.output, film_id, recipe, inputs, seconds, stored)
             digests[spec.output], made[spec.output] = artifact.digest, artifact.id
-    pack(workspace, profile)
 
 
 def pack(workspace: Workspace, profile: Profile = PROFILE) -> None:
@@ -55,16 +60,18 @@ def pack(workspace: Workspace, profile: Profile = PROFILE) -> None:
     pipeline.step = keep
     pack_shards(pipeline, {row["film_id"]: row["split"] for row in workspace.catalog.films()})
     for work in taken:
-        commit(workspace, "shards", work.subject, work.recipe, [a.id for found in work.inputs.values() for a in found])
+        inputs = [a.id for found in work.inputs.values() for a in found]
+        films = {"films": len(work.inputs["keyframes"])}
+        commit(workspace, "shards", work.subject, work.recipe, inputs, summary=films)
 
 
-def commit(workspace, kind, subject, recipe, inputs, seconds=2.0) -> Artifact:
-    files = (StoredFile("part-00000.parquet", digest_json([subject, recipe.fingerprint]), 1000, 2),)
+def commit(workspace, kind, subject, recipe, inputs, seconds=2.0, stored=None, summary=None) -> Artifact:
+    files = (stored or StoredFile("part-00000.parquet", digest_json([subject, recipe.fingerprint]), 1000, 2),)
     made = artifact_id(kind, subject, recipe.fingerprint)
     return workspace.catalog.commit(
         Artifact(
             made, kind, subject, recipe.fingerprint, content_digest(files), {**recipe.__dict__}, files, tuple(inputs),
-            {"ok": 2}, {}, seconds,
+            {"ok": 2}, summary or {}, seconds,
         )
     )  # fmt: skip
 
@@ -86,7 +93,7 @@ def computing_pipeline(workspace: Workspace, profile: Profile) -> Pipeline:
     def runner(spec, works):
         return compute(workspace, executor, run_id, works, lambda done, total, message: None)
 
-    return Pipeline(workspace, profile, runner)
+    return Pipeline(workspace, profile, runner, run_id)
 
 
 def ingest_in_process(workspace: Workspace, profile: Profile, films: list[Path]) -> Pipeline:
