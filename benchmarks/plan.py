@@ -49,8 +49,8 @@ def fill(workspace: Workspace, profile: Profile, count: int) -> None:
     """Write films and their artifacts into the catalog, as if they had been ingested."""
     now, rows = utc_now(), {film: [], artifact: [], ref: []}
     for index in range(count):
-        made = Film(f"clip-{index:06d}", Path(f"/nowhere/{index:06d}.mp4"), digest_json(index))
-        facts = {"uri": str(made.path), "digest": made.digest, "bytes": 1, "modified_ns": 0, "created_at": now}
+        made = Film(f"clip-{index:06d}", f"/nowhere/{index:06d}.mp4", digest_json(index))
+        facts = {"uri": made.uri, "digest": made.digest, "bytes": 1, "modified_ns": 0, "created_at": now}
         rows[film].append({"film_id": made.film_id, **facts})
         for kind, recipe, digest in recipes(profile, made.film_id, made.digest):
             made_id = artifact_id(kind, made.film_id, recipe.fingerprint)
@@ -59,7 +59,7 @@ def fill(workspace: Workspace, profile: Profile, count: int) -> None:
             results = {"digest": digest, "recipe": {**recipe.__dict__}, "files": [part], "counts": {}, "summary": {}}
             rows[artifact].append(values | results | {"seconds": 1.0 + index % 3, "created_at": now})
             rows[ref].append({"name": current_ref(kind, made.film_id), "target": made_id, "updated_at": now})
-    with workspace.catalog._engine.begin() as connection:
+    with workspace.catalog._database.write() as connection:
         for table, values in rows.items():
             connection.execute(table.insert(), values)
 

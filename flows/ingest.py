@@ -40,7 +40,7 @@ def ingest_films(
         works = []
         for film in films:
             if spec is keyframes.SPEC:
-                row = {"film_id": film.film_id, "uri": str(film.path)}
+                row = {"film_id": film.film_id, "uri": film.uri}
                 works.append(pipeline.work(spec, film.film_id, {}, (row, film.digest)))
                 continue
             found = {kind: pipeline.get(kind, film.film_id) for kind in spec.inputs}

@@ -1,17 +1,20 @@
 """The commands as Prefect flows. Each call computes what the catalog does not have yet, and nothing else."""
 
+import inspect
 import logging
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
+from prefect.events import emit_event
 from prefect.server.api.server import SubprocessASGIServer
+from pydantic import Field
 
 from flows import removal as removals
 from flows.backfill import (
@@ -30,9 +33,45 @@ from flows.metrics import Metrics
 from flows.pipeline import Pipeline, open_executor
 from flows.profile import ExplainedProfile
 from flows.tasks import Watch, make_runner
+from flows.watch import EVENT, find_new_films
 from flows.workspace import Workspace
 
+Films = Annotated[list[str], Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1)]
+Settings = list[Annotated[str, Field(pattern=r"^[a-z_]+\.[^=]+=")]] | None
+
+PARAMETERS = {
+    "films": "Files, folders, URLs, prefixes of buckets, or catalogues (for a backfill: a pattern or a catalogue)",
+    "profile": "A profile's name, or the path of a YAML file",
+    "workspace": "The workspace's folder; a workspace.yaml in it names a shared catalog and bucket",
+    "settings": "Overrides, such as people.max_people=3. No secrets: parameters are kept in plain text",
+    "snapshot": "What to train on, by name; the newest where it is left out",
+    "model": "What to generate with, by name; the champion where it is left out",
+    "story": "The story's JSON file",
+    "out": "Where the movie goes",
+    "references": "Pictures whose style and people the keyframes follow",
+    "select": "STAGE, STAGE+ with what follows, or +STAGE with what it needs; all where it is left out",
+    "reprocess": "Which films to bring up to date",
+    "batch_films": "Films in a batch",
+    "backwards": "Newest films first",
+    "film_id": "The film to remove",
+    "place": "A folder, or a prefix of a bucket such as s3://bucket/films/",
+    "settle_s": "A file that changed within so many seconds is still being copied, and waits",
+}
+"""What Prefect's form in the browser says of each parameter."""
+
 log = logging.getLogger(__name__)
+
+
+def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function a Prefect flow whose parameters are validated, and described in the form in the browser."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        about = "\n".join(f"    {word}: {PARAMETERS[word]}" for word in inspect.signature(function).parameters)
+        function.__doc__ = f"{function.__doc__}\n\nArgs:\n{about}\n"
+        return flow(name=name, validate_parameters=True)(function)
+
+    return decorate
 
 
 @contextmanager
@@ -85,12 +124,12 @@ def _perform(request: Request, profile: str, workspace: str, settings: list[str]
         return walk(pipeline, request).summary()
 
 
-@flow(name="run", validate_parameters=True)
+@operation("run")
 def run(
-    films: list[str],
-    profile: str = "embedded",
-    workspace: str = "./workspace",
-    settings: list[str] | None = None,
+    films: Films,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
     story: str | None = None,
     out: str | None = None,
 ) -> dict[str, Any]:
@@ -99,31 +138,31 @@ def run(
     return _perform(request, profile, workspace, settings or [])
 
 
-@flow(name="ingest", validate_parameters=True)
+@operation("ingest")
 def ingest(
-    films: list[str], profile: str = "embedded", workspace: str = "./workspace", settings: list[str] | None = None
+    films: Films, profile: Name = "embedded", workspace: Name = "./workspace", settings: Settings = None
 ) -> dict[str, Any]:
     """Films in, a snapshot of training shards out."""
     return _perform(Request("ingest", tuple(films)), profile, workspace, settings or [])
 
 
-@flow(name="train", validate_parameters=True)
+@operation("train")
 def train(
-    snapshot: str | None = None,
-    profile: str = "embedded",
-    workspace: str = "./workspace",
-    settings: list[str] | None = None,
+    snapshot: Name | None = None,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
 ) -> dict[str, Any]:
     """Train every model on a snapshot."""
     return _perform(Request("train", snapshot=snapshot), profile, workspace, settings or [])
 
 
-@flow(name="retrain", validate_parameters=True)
+@operation("retrain")
 def retrain(
-    snapshot: str | None = None,
-    profile: str = "embedded",
-    workspace: str = "./workspace",
-    settings: list[str] | None = None,
+    snapshot: Name | None = None,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
 ) -> dict[str, Any]:
     """Train on a snapshot, and put the model in use where it is better than the champion."""
     summary = _perform(Request("retrain", snapshot=snapshot), profile, workspace, settings or [])
@@ -132,15 +171,15 @@ def retrain(
     return summary
 
 
-@flow(name="generate", validate_parameters=True)
+@operation("generate")
 def generate(
-    story: str,
-    out: str = "movie.mp4",
+    story: Name,
+    out: Name = "movie.mp4",
     references: list[str] | None = None,
-    model: str | None = None,
-    profile: str = "embedded",
-    workspace: str = "./workspace",
-    settings: list[str] | None = None,
+    model: Name | None = None,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
 ) -> dict[str, Any]:
     """A story in, a movie out."""
     request = Request(
@@ -149,27 +188,27 @@ def generate(
     return _perform(request, profile, workspace, settings or [])
 
 
-@flow(name="evaluate", validate_parameters=True)
+@operation("evaluate")
 def evaluate(
-    model: str | None = None,
-    profile: str = "embedded",
-    workspace: str = "./workspace",
-    settings: list[str] | None = None,
+    model: Name | None = None,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
 ) -> dict[str, Any]:
     """Score the newest generation and the models behind it."""
     return _perform(Request("evaluate", model=model), profile, workspace, settings or [])
 
 
-@flow(name="backfill", validate_parameters=True)
+@operation("backfill")
 def backfill(
     select: str | None = None,
     films: str | None = None,
     reprocess: Reprocess = "all",
-    batch_films: int = 50,
+    batch_films: Annotated[int, Field(ge=1)] = 50,
     backwards: bool = False,
-    profile: str = "embedded",
-    workspace: str = "./workspace",
-    settings: list[str] | None = None,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
 ) -> dict[str, Any]:
     """Bring what is missing, failed or stale up to date, batch by batch."""
     request = BackfillRequest(select, films, reprocess, batch_films, backwards)
@@ -189,12 +228,31 @@ def backfill(
     return summary | judge_estimate(planned.plan, time.monotonic() - started)
 
 
-@flow(name="remove-film", validate_parameters=True)
+@operation("remove-film")
 def remove_film(
-    film_id: str, profile: str = "embedded", workspace: str = "./workspace", settings: list[str] | None = None
+    film_id: Name, profile: Name = "embedded", workspace: Name = "./workspace", settings: Settings = None
 ) -> dict[str, Any]:
     """Take a film out, rebuild its shards without it, and delete what only it owned."""
     with running("film remove", profile, workspace, settings or []) as pipeline:
         removal = removals.remove_film(pipeline, film_id)
         newest = pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT)
         return Walked(pipeline).summary() | removal.as_dict() | {"snapshot": newest}
+
+
+@operation("watch")
+def watch(
+    place: Name,
+    settle_s: Annotated[float, Field(ge=0)] = 60.0,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
+) -> list[str]:
+    """Say in an event that films appeared in a place; the deployment `ingest` answers it."""
+    opened = Workspace.open(Path(workspace))
+    found = find_new_films(opened, place, settle_s)
+    opened.catalog.close()
+    if found:
+        payload = {"films": [place], "new": found[:100], "count": len(found), "profile": profile}
+        payload |= {"workspace": workspace, "settings": settings or []}
+        emit_event(EVENT, resource={"prefect.resource.id": f"moviedreamer.place.{place}"}, payload=payload)
+    return found

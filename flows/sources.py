@@ -9,12 +9,14 @@ from urllib.parse import unquote, urlparse
 
 from stages.errors import CatalogueError, FilmError, UsageError
 from storage.catalog import Catalog
-from storage.objects import digest_file
+from storage.errors import StorageError
+from storage.objects import digest_file, download, list_bucket
 
 FILM_SUFFIXES = {
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".m2ts", ".mts",
     ".mpg", ".mpeg", ".wmv", ".ogv", ".3gp",
 }  # fmt: skip
+BUCKET_SCHEMES = {"s3", "s3a", "gs", "az", "abfs", "abfss"}
 CATALOGUE_SUFFIXES = {".csv", ".parquet"}
 MISSING_VALUES = ("", None)
 
@@ -38,10 +40,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Film:
-    """A film that can be worked on: its source, the local file and the digest of its bytes."""
+    """A film that can be worked on: where workers find it (a local path, or an object of a bucket), and the digest of
+    its bytes."""
 
     film_id: str
-    path: Path
+    uri: str
     digest: str
     split: str | None = None
 
@@ -68,6 +71,12 @@ def expand(names: Iterable[str]) -> list[Source]:
 
 
 def _expand_one(name: str) -> Iterator[Source]:
+    if is_bucket(name) and name.endswith("/"):
+        found = sorted(entry for entry, _ in list_bucket(name) if Path(entry).suffix.lower() in FILM_SUFFIXES)
+        if not found:
+            raise UsageError(f"{name} holds no film: expected objects such as {', '.join(sorted(FILM_SUFFIXES)[:5])}")
+        yield from (Source(entry, name + entry) for entry in found)
+        return
     if _is_url(name):
         yield Source(Path(unquote(urlparse(name).path)).name or name, name)
         return
@@ -86,6 +95,11 @@ def _expand_one(name: str) -> Iterator[Source]:
         yield from read_catalogue(path)
     else:
         yield Source(path.name, str(path.absolute()))
+
+
+def is_bucket(name: str) -> bool:
+    """Whether a name is an object, or a prefix, of a bucket."""
+    return urlparse(name).scheme in BUCKET_SCHEMES
 
 
 def _is_url(name: str) -> bool:
@@ -179,7 +193,8 @@ def resolve(source: Source, catalog: Catalog, cache: Path) -> Film:
     if not same or any(known[name] != value for name, value in about.items() if value is not None):
         identity = {"film_id": source.film_id, "uri": source.uri, "digest": digest}
         catalog.save_film(identity | {"bytes": facts.st_size, "modified_ns": facts.st_mtime_ns} | about)
-    return Film(source.film_id, path, digest, source.split or (known or {}).get("split"))
+    uri = source.uri if is_bucket(source.uri) else str(path)
+    return Film(source.film_id, uri, digest, source.split or (known or {}).get("split"))
 
 
 def _exists(uri: str) -> bool:
@@ -188,6 +203,11 @@ def _exists(uri: str) -> bool:
 
 def _fetch(url: str, cache: Path) -> Path:
     """A local copy of a remote film, fetched once."""
+    if is_bucket(url):
+        try:
+            return download(url, cache)
+        except StorageError as error:
+            raise FilmError(str(error)) from error
     import fsspec
 
     try:

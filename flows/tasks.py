@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,7 @@ def make_runner(workspace: Workspace, executor: Executor, run_id: str, watch: Wa
     def run_stage(spec: StageSpec, works: Sequence[Work]) -> StageReport:
         @task(name=spec.name, cache_policy=NO_CACHE, persist_result=False, tags={"stage"})
         def stage_task(stage: str, subjects: int, examples: list[str]) -> StageReport:
-            slot = concurrency(GPU_LIMIT, occupy=1) if spec.gpus else nullcontext()
-            with slot, StageProgress(stage, watch) as progress:
+            with gpu_slot(spec), StageProgress(stage, watch) as progress:
                 report = compute(workspace, executor, run_id, works, progress)
             watch.finish(report)
             publish(workspace, report)
@@ -77,6 +76,11 @@ def make_runner(workspace: Workspace, executor: Executor, run_id: str, watch: Wa
         return stage_task(spec.name, len(works), [work.subject for work in works[:5]])
 
     return run_stage
+
+
+def gpu_slot(spec: StageSpec) -> AbstractContextManager[None]:
+    """Holds a slot of the limit `gpu` while a stage that asks for accelerators runs."""
+    return concurrency(GPU_LIMIT, occupy=1) if spec.gpus else nullcontext()
 
 
 class StageProgress:

@@ -133,13 +133,14 @@ class RayExecutor:
         """See `Executor.run`.
 
         A unit whose worker dies, or is stopped because it took longer than the stage's time limit, is tried again
-        elsewhere, and given up after three times.
+        elsewhere, and given up after three times. Units are given only to workers that have started: after the loss of
+        a host the worker in place of the lost one may find room nowhere.
         """
         if not units:
             return
         self._fit(spec, len(units))
         waiting = [(work, unit, 1) for work, unit in reversed(units)]
-        starting = {actor.__ray_ready__.remote(): actor for actor in self._pool}  # for ever, where no host has room
+        starting = {actor.__ray_ready__.remote(): (actor, 1) for actor in self._pool}
         idle: list[Any] = []
         running: dict[Any, _HandedOut] = {}
         total, finished = sum(unit.items for _, unit in units), 0.0
@@ -148,7 +149,7 @@ class RayExecutor:
                 out = _HandedOut(idle.pop(), *waiting.pop(), uuid.uuid4().hex, time.monotonic())
                 running[out.actor.run.remote(spec, out.work.config, out.unit, out.token)] = out
             ready, _ = self._ray.wait([*running, *starting], num_returns=1, timeout=POLL_S)
-            idle += [starting.pop(future) for future in ready if future in starting]
+            idle += [actor for future in ready if future in starting for actor in self._welcome(spec, starting, future)]
             ended = [future for future in ready if future in running]
             for future in [*ended, *self._find_late(spec, running, ended)]:
                 out = running.pop(future)
@@ -156,8 +157,7 @@ class RayExecutor:
                 if out.actor in self._pool:
                     idle.append(out.actor)
                 else:
-                    actor = self._add()
-                    starting[actor.__ray_ready__.remote()] = actor
+                    self._add(starting)
                 if result is None:
                     waiting.append((out.work, out.unit, out.attempt + 1))
                     continue
@@ -228,16 +228,36 @@ class RayExecutor:
             self._release()
             self._shape = (cpus, gpus)
         while len(self._pool) < max(1, min(room, units)):
-            self._add()
+            self._pool.append(self._start())
 
     def _start(self) -> Any:
         cpus, gpus = self._shape or (1.0, 0.0)
         actor = self._ray.remote(RemoteWorker).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0)
         return actor.remote(self._settings, self._board)
 
-    def _add(self) -> Any:
-        self._pool.append(self._start())
-        return self._pool[-1]
+    def _add(self, starting: dict[Any, tuple[Any, int]], attempt: int = 1) -> None:
+        actor = self._start()
+        self._pool.append(actor)
+        starting[actor.__ray_ready__.remote()] = actor, attempt
+
+    def _welcome(self, spec: StageSpec, starting: dict[Any, tuple[Any, int]], future: Any) -> list[Any]:
+        """The actor, if it has started. One that could not is replaced, and done without after three times.
+
+        Raises:
+            ComputationError: There is no other.
+        """
+        actor, attempt = starting.pop(future)
+        try:
+            self._ray.get(future)
+        except self._ray.exceptions.RayError as error:
+            self._ray.kill(actor)
+            self._pool.remove(actor)
+            if attempt < MAX_DEATHS:
+                self._add(starting, attempt + 1)
+            elif not self._pool:
+                raise ComputationError(f"{spec.name}: no worker could be started: {_last_line(error)}") from error
+            return []
+        return [actor]
 
     def _release(self) -> None:
         for actor in self._pool:

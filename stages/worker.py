@@ -20,7 +20,7 @@ from stages.errors import ComputationError, FilmError, MoviedreamerError, StageE
 from stages.spec import Fail, Ok, Outcome, Progress, Row, Skip, StageConfig, StageSpec, no_progress
 from storage.artifacts import TableWriter, read_rows
 from storage.errors import StorageError, StoreFullError, StoreUnavailableError
-from storage.objects import ObjectStore, StoredFile
+from storage.objects import ObjectStore, StoredFile, download
 
 MayStore = Callable[[], bool]
 """Asked just before results are stored: whether this worker still holds the unit."""
@@ -251,11 +251,16 @@ class Worker:
                 kept[item] = Skip(item, rejected[item]["reason"])
         return kept
 
+    def _localize(self, row: Row) -> Row:
+        """A film in a bucket is fetched by the worker that reads it."""
+        remote = "://" in row.get("uri", "") and not row["uri"].startswith("/")
+        return row | {"uri": str(download(row["uri"], self._settings.scratch / "films"))} if remote else row
+
     def _read_inputs(self, spec: StageSpec, unit: Unit) -> tuple[list[Row], dict[str, list[Row]]]:
         """The unit's items, and the rows of the other inputs that belong to the same frames."""
         first, *rest = spec.inputs
         if unit.rows:
-            return list(unit.rows), {}
+            return [self._localize(row) for row in unit.rows], {}
         items = list(read_rows(self._store, unit.inputs[first]))
         if not items:
             return [], {role: [] for role in rest}

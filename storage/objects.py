@@ -248,6 +248,44 @@ class ObjectStore:
         return len(old)
 
 
+def list_bucket(prefix: str) -> list[tuple[str, int]]:
+    """Name, relative to the prefix, and bytes of everything under a bucket's prefix.
+
+    Raises:
+        StoreUnavailableError: The bucket does not answer.
+    """
+    try:
+        return [(e["path"], e["size"]) for batch in obstore.list(from_url(prefix, **REMOTE)) for e in batch]
+    except (BaseError, ValueError) as error:
+        raise StoreUnavailableError(
+            f"cannot list {prefix}: {_first_line(error)}; check its name and the keys"
+        ) from error
+
+
+def download(url: str, folder: Path) -> Path:
+    """A local copy of an object of a bucket; one that is there and did not change since is not fetched again.
+
+    Raises:
+        ObjectMissingError: There is no such object.
+        StoreUnavailableError: The bucket does not answer.
+    """
+    parent, _, name = url.rpartition("/")
+    try:
+        store = from_url(parent, **REMOTE)
+        version = obstore.head(store, name)["e_tag"]
+        path = folder / hashlib.sha256(f"{url} {version}".encode()).hexdigest() / Path(name).name
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as stream:
+                stream.writelines(bytes(chunk) for chunk in obstore.get(store, name).stream(min_chunk_size=CHUNK_BYTES))
+            Path(stream.name).replace(path)
+    except (NotFoundError, FileNotFoundError) as error:
+        raise ObjectMissingError(f"{url} does not exist: correct the URL and run again") from error
+    except (BaseError, ValueError) as error:
+        raise StoreUnavailableError(f"cannot fetch {url}: {_first_line(error)}; check the URL and the keys") from error
+    return path
+
+
 def _missing(stored: StoredFile, uri: str) -> str:
     return (
         f"{stored.name} ({stored.digest[:12]}) is not in {uri}: run `moviedreamer artifacts verify` to see what else is"

