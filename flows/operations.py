@@ -62,6 +62,9 @@ PARAMETERS = {
 
 log = logging.getLogger(__name__)
 
+_watchers: list[subprocess.Popen[bytes]] = []
+"""Kept, because the end of their standard input is what they wait for."""
+
 
 def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Make a function a Prefect flow whose parameters are validated, and described in the form in the browser."""
@@ -113,8 +116,9 @@ def start_temporary_server() -> None:
         server = SubprocessASGIServer()
         server.start()
         if server.server_process is not None:
-            watch = ["sh", "-c", 'cat; kill "$1" 2>/dev/null', "sh", str(server.server_process.pid)]
-            subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+            script = 'cat; kill "$1" 2>/dev/null && sleep 5 && kill -9 "$1" 2>/dev/null'
+            command = ["sh", "-c", script, "sh", str(server.server_process.pid)]
+            _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
