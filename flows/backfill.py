@@ -1,6 +1,6 @@
 """Brings what a plan finds up to date, in batches of films that can be stopped and resumed at any film."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -41,37 +41,45 @@ class Backfill:
 
     Attributes:
         plan: What was found.
-        batches: Ids of the films to work on.
+        batches: The films to work on.
     """
 
     plan: Plan
-    batches: list[list[str]]
+    batches: list[list[Source]]
 
 
 def plan_backfill(pipeline: Pipeline, request: BackfillRequest) -> Backfill:
     """Plan, and deal the films that need work to batches. Nothing is written."""
     workspace = pipeline.workspace
     films, chosen = choose_films(workspace, request.films)
+    listed = (listed_films(request.films) if request.films else None) or {}
     plan = make_plan(workspace, pipeline.profile, films, chosen, select_stages(request.select))
     states = {"missing", "failed", "stale"} if request.reprocess == "all" else {request.reprocess}
     film_stages = {spec.name for spec in FILM_STAGES}
     wanted = {s for g in plan.groups if g.state in states and g.stage in film_stages for s in g.subjects}
-    age = {row["film_id"]: (row["year"] or 0, row["created_at"]) for row in workspace.catalog.films()}
+    rows = {row["film_id"]: row for row in workspace.catalog.films()}
+    age = {film_id: (row["year"] or 0, row["created_at"]) for film_id, row in rows.items()}
     newest = max(age.values(), default=(0, ""))
     ordered = sorted(wanted, key=lambda film_id: (age.get(film_id, newest), film_id), reverse=request.backwards)
+    sources = [listed.get(film_id) or _known_source(rows[film_id]) for film_id in ordered]
     size = request.batch_films
-    return Backfill(plan, [ordered[start : start + size] for start in range(0, len(ordered), size)])
+    return Backfill(plan, [sources[start : start + size] for start in range(0, len(sources), size)])
 
 
-def run_batch(pipeline: Pipeline, request: BackfillRequest, film_ids: Sequence[str]) -> dict[str, int]:
+def _known_source(row: dict[str, Any]) -> Source:
+    return Source(row["film_id"], row["uri"], row["title"], row["year"], row["split"])
+
+
+def run_batch(pipeline: Pipeline, request: BackfillRequest, batch: Sequence[Source]) -> dict[str, int]:
     """Take one batch through the selected stages; films that failed before get another chance where asked for."""
     workspace = pipeline.workspace
     selected = {spec.name for spec in select_stages(request.select)}
+    film_ids = [source.film_id for source in batch]
     known_bad = {row["subject"] for row in workspace.catalog.failures()}
     if request.reprocess in ("failed", "all"):
         workspace.catalog.forget_failures(film_ids)
     films = []
-    for source in _sources(pipeline, request, film_ids):
+    for source in batch:
         try:
             films.append(resolve(source, workspace.catalog, workspace.folder / "cache"))
         except FilmError as error:
@@ -81,16 +89,6 @@ def run_batch(pipeline: Pipeline, request: BackfillRequest, film_ids: Sequence[s
     ingest_films(pipeline, films, [spec for spec in FILM_STAGES if spec.name in selected], states)
     failed = {film_id for film_id in film_ids if film_id in pipeline.failed}
     return {"films": len(film_ids), "failed": len(failed), "newly_failed": len(failed - known_bad)}
-
-
-def _sources(pipeline: Pipeline, request: BackfillRequest, film_ids: Sequence[str]) -> Iterator[Source]:
-    listed = (listed_films(request.films) if request.films else None) or {}
-    for film_id in film_ids:
-        row = pipeline.workspace.catalog.film(film_id)
-        if row is not None and film_id not in listed:
-            yield Source(film_id, row["uri"], row["title"], row["year"], row["split"])
-        else:
-            yield listed[film_id]
 
 
 def check_budget(done: Sequence[dict[str, int]], budget: float | None) -> None:

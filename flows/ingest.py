@@ -1,6 +1,7 @@
 """Films in, a snapshot of training shards out. Read top to bottom, this is the list of stages."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from flows.pipeline import COMPUTABLE, Pipeline
 from flows.sources import Film
@@ -52,44 +53,51 @@ def ingest_films(
 def pack_shards(pipeline: Pipeline, splits: dict[str, str | None]) -> str | None:
     """Deal all ingested films of the workspace to shards and name the snapshot; returns its name.
 
+    A workspace holds many films, of which few changed: artifacts are loaded only for the shards that need packing.
+
     Args:
         pipeline: The walk, after `ingest_films`.
         splits: Film id to split, for the workspace's films.
     """
-    count = pipeline.profile.shards.count
-    members: dict[int, list[str]] = {}
-    for film_id in sorted(splits):
-        if pipeline.get("scripts", film_id) or _adopt(pipeline, film_id):
-            members.setdefault(shard_of(film_id, count), []).append(film_id)
+    catalog, spec = pipeline.workspace.catalog, shards.SPEC
+    members: dict[int, dict[str, dict[str, tuple[str, str]]]] = {}
+    for film_id, parts in _find_whole_films(pipeline, sorted(splits)):
+        members.setdefault(shard_of(film_id, pipeline.profile.shards.count), {})[film_id] = parts
     works = []
-    for index, film_ids in sorted(members.items()):
-        inputs = {kind: [a for f in film_ids if (a := pipeline.get(kind, f))] for kind in shards.SPEC.inputs}
-        heldout = tuple(f for f in film_ids if (splits[f] or "").lower() in HELDOUT_SPLITS)
-        works.append(pipeline.work(shards.SPEC, shard_name(index), inputs, heldout_films=heldout))
-    pipeline.step(shards.SPEC, works)
-    made = [a for work in works if (a := pipeline.get("shards", work.subject))]
-    if len(made) < len(works) or not made:
+    for index, films in sorted(members.items()):
+        heldout = tuple(f for f in films if (splits[f] or "").lower() in HELDOUT_SPLITS)
+        empty = pipeline.work(spec, shard_name(index), {}, heldout_films=heldout)
+        digests = {kind: [parts[kind][1] for parts in films.values()] for kind in spec.inputs}
+        found = catalog.find(spec.output, empty.subject, replace(empty.recipe, inputs=digests).fingerprint)
+        if found is not None:
+            pipeline.keep(found)
+            continue
+        loaded = catalog.artifacts_by_id(part[0] for parts in films.values() for part in parts.values())
+        inputs = {kind: [loaded[parts[kind][0]] for parts in films.values()] for kind in spec.inputs}
+        works.append(replace(empty, inputs=inputs))
+    pipeline.step(spec, works)
+    made = [a for index in sorted(members) if (a := pipeline.get(spec.output, shard_name(index)))]
+    if len(made) < len(members) or not made:
         return None
     return _name_snapshot(pipeline, [a.id for a in made], digest_json([a.digest for a in made]))
+
+
+def _find_whole_films(pipeline: Pipeline, film_ids: list[str]) -> Iterator[tuple[str, dict[str, tuple[str, str]]]]:
+    """Films with everything that a shard holds, made in this walk or earlier: kind to artifact id and digest."""
+    catalog, kinds = pipeline.workspace.catalog, shards.SPEC.inputs
+    earlier = {kind: catalog.current_digests(kind) for kind in kinds}
+    unsettled = {todo.subject for todo in pipeline.todo} | pipeline.failed.keys()
+    for film_id in film_ids:
+        now = {kind: (a.id, a.digest) for kind in kinds if (a := pipeline.get(kind, film_id))}
+        if film_id not in unsettled:
+            now = {kind: earlier[kind][film_id] for kind in kinds if film_id in earlier[kind]} | now
+        if len(now) == len(kinds):
+            yield film_id, now
 
 
 def shard_name(index: int) -> str:
     """The subject of a shard."""
     return f"shard-{index:05d}"
-
-
-def _adopt(pipeline: Pipeline, film_id: str) -> bool:
-    """Bring a film of an earlier ingestion into this walk, as it was committed then."""
-    catalog = pipeline.workspace.catalog
-    found = [catalog.current(kind, film_id) for kind in shards.SPEC.inputs]
-    artifacts = [artifact for artifact in found if artifact is not None]
-    if len(artifacts) < len(shards.SPEC.inputs) or film_id in pipeline.failed:
-        return False
-    if any(todo.subject == film_id for todo in pipeline.todo):
-        return False
-    for artifact in artifacts:
-        pipeline.adopt(artifact)
-    return True
 
 
 def _name_snapshot(pipeline: Pipeline, artifact_ids: list[str], digest: str) -> str:

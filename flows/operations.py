@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -221,15 +222,23 @@ def backfill(
         planned = plan_backfill(pipeline, request)
         log.info("backfill: %d batches of films", len(planned.batches))
         done: list[dict[str, int]] = []
-        for number, film_ids in enumerate(planned.batches, 1):
-            batch = flow(name="backfill-batch", flow_run_name=f"batch {number} of {len(planned.batches)}")(
-                lambda film_ids: run_batch(pipeline, request, film_ids)
-            )
-            done.append(batch(film_ids))
+        for number, films_of_batch in enumerate(planned.batches, 1):
+            run_now = partial(run_batch, pipeline, request, films_of_batch)
+            done.append(_backfill_batch(f"batch {number} of {len(planned.batches)}", run_now))
             check_budget(done, pipeline.profile.engine.failure_budget)
         snapshot = finish(pipeline, request)
         summary = Walked(pipeline).summary() | {"batches": done, "snapshot": snapshot}
     return summary | judge_estimate(planned.plan, time.monotonic() - started)
+
+
+def _backfill_batch(name: str, run_now: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """One batch as a subflow. What it works with is too big for a parameter, which Prefect would keep."""
+
+    @flow(name="backfill-batch", flow_run_name=name)
+    def batch() -> dict[str, int]:
+        return run_now()
+
+    return batch()
 
 
 @operation("remove-film")

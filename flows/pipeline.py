@@ -66,9 +66,7 @@ class Pipeline:
         for work in works:
             decision = decide(self.workspace.catalog, spec.output, work.subject, work.recipe)
             if decision.artifact is not None:
-                self.fresh += 1
-                self.adopt(decision.artifact)
-                self._make_current(decision.artifact)
+                self.keep(decision.artifact)
             elif decision.state == "failed":
                 self.failed[work.subject] = (spec.name, decision.reason)
             elif decision.state not in states:
@@ -86,8 +84,10 @@ class Pipeline:
             for subject, error in report.failed.items():
                 self.failed[subject] = (spec.name, error)
 
-    def _make_current(self, artifact: Artifact) -> None:
-        """A setting that went back to an earlier value makes the earlier artifact current again."""
+    def keep(self, artifact: Artifact) -> None:
+        """Take a fresh artifact. Where a setting went back to an earlier value, an earlier one is current again."""
+        self.fresh += 1
+        self.adopt(artifact)
         if self.runner is None:
             return
         current = self.workspace.catalog.current(artifact.kind, artifact.subject)

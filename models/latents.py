@@ -8,6 +8,7 @@ Dimensions: batch; height, width in pixels; row = height / block, column = width
 
 import io
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -121,6 +122,11 @@ def cover(
     top = max(0, round((height - height_px / scale) / 2))
     left = max(0, round((width - width_px / scale) / 2))
     return scale_pictures(images[..., top : height - top, left : width - left], height_px, width_px)
+
+
+def read_keyframes(jpegs: Iterable[bytes], height_px: int, width_px: int) -> Float[Tensor, "batch 3 height width"]:
+    """Pictures of one size, cropped around their middle."""
+    return torch.cat([cover(read_picture(jpeg)[None], height_px, width_px) for jpeg in jpegs])
 
 
 def crop_randomly(

@@ -1,7 +1,7 @@
 """Tokens, sentences and faces of a dreamed story -> pictures (paper, section 3.4), by the ID-preserving decoder."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +10,6 @@ from pydantic import Field
 
 from stages.errors import MissingInputError
 from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
-
-if TYPE_CHECKING:
-    pass
 
 
 class RenderConfig(StageConfig):

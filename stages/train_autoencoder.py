@@ -166,6 +166,7 @@ class TrainAutoencoder:
         import torch
 
         from models.autoencoder import Architecture, Autoencoder, save_autoencoder
+        from models.latents import read_keyframes
         from models.reconstructions import measure_reconstructions, write_samples
         from models.samples import read_samples
 
@@ -176,7 +177,7 @@ class TrainAutoencoder:
         torch.manual_seed(self.config.seed)
         model = Autoencoder(Architecture.from_settings(self.config), self.weights_dir)
         progress(0, self.config.image_phase.steps + self.config.film_phase.steps, "measuring features and latents")
-        keyframes = self._read_keyframes(samples)
+        keyframes = read_keyframes((sample["jpg"] for sample in samples), self.config.height_px, self.config.width_px)
         trained = [sample["json"]["split"] != "test" for sample in samples]
         is_training = torch.tensor(trained)
         model.latents.fit(keyframes[is_training])
@@ -194,14 +195,6 @@ class TrainAutoencoder:
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         write_samples(out / "samples.parquet", keys, keyframes, reconstructions, self.config.sample_keyframes)
         return metrics
-
-    def _read_keyframes(self, samples: list[dict[str, Any]]) -> "Tensor":
-        import torch
-
-        from models.latents import cover, read_picture
-
-        size = (self.config.height_px, self.config.width_px)
-        return torch.cat([cover(read_picture(sample["jpg"])[None], *size) for sample in samples])
 
     def _train(
         self,

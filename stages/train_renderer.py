@@ -79,6 +79,7 @@ class TrainRenderer:
         import torch
 
         from models.autoencoder import load_autoencoder
+        from models.latents import read_keyframes
         from models.reconstructions import measure_reconstructions, write_samples
         from models.renderer import Renderer, save_renderer
         from models.token_table import TokenTable
@@ -93,7 +94,8 @@ class TrainRenderer:
         widths = table.widths
         max_faces = self.config.max_faces if _has_faces(table) else 0
         model = Renderer(autoencoder, widths["text_width"], widths["face_width"], self.config.max_sentences, max_faces)
-        keyframes = _read_keyframes(model, jpegs)
+        size = model.autoencoder.architecture
+        keyframes = read_keyframes(jpegs, size.height_px, size.width_px)
         history = self._train(model, table, keyframes, scratch / "checkpoint.safetensors", progress)
         save_renderer(model.eval(), out)
         (out / "history.json").write_text(json.dumps(history) + "\n")
@@ -173,15 +175,6 @@ def _match_keyframes(shards: list[Path], table_path: Path) -> tuple[list[tuple[s
             "run the tokenize stage on these shards again"
         )
     return keys, [jpegs[key] for key in keys]
-
-
-def _read_keyframes(model: "Renderer", jpegs: list[bytes]) -> "Tensor":
-    import torch
-
-    from models.latents import cover, read_picture
-
-    size = (model.autoencoder.architecture.height_px, model.autoencoder.architecture.width_px)
-    return torch.cat([cover(read_picture(jpeg)[None], *size) for jpeg in jpegs])
 
 
 def _has_faces(table: "TokenTable") -> bool:

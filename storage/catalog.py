@@ -127,6 +127,11 @@ class Catalog:
         """All artifacts, oldest first."""
         return self._select()
 
+    def artifacts_by_id(self, ids: Iterable[str]) -> dict[str, Artifact]:
+        """Those artifacts of some ids that there are."""
+        found = (made for some in _chunks(list(ids)) for made in self._select(artifact.c.id.in_(some)))
+        return {made.id: made for made in found}
+
     def artifacts_of(self, kind: str, subject: str) -> list[Artifact]:
         """Every artifact of a kind about a subject, oldest first."""
         return self._select(artifact.c.kind == kind, artifact.c.subject == subject)
@@ -136,6 +141,14 @@ class Catalog:
         columns = sa.select(artifact.c.subject, artifact.c.fingerprint, artifact.c.digest)
         with self._database.read() as connection:
             return connection.execute(columns.where(artifact.c.kind == kind)).all()
+
+    def current_digests(self, kind: str) -> dict[str, tuple[str, str]]:
+        """Subject to id and content digest of the current artifact of a kind, of every subject that has one."""
+        query = sa.select(artifact.c.subject, artifact.c.id, artifact.c.digest, ref.c.name)
+        query = query.join(ref, ref.c.target == artifact.c.id).where(artifact.c.kind == kind)
+        with self._database.read() as connection:
+            rows = connection.execute(query.where(ref.c.name.startswith(current_ref(kind, ""), autoescape=True)))
+            return {subject: (artifact_id, digest) for subject, artifact_id, digest, _ in rows}
 
     def current_recipes(self, kind: str, subjects: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The recipe of the current artifact of each subject that has one."""

@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,11 @@ import psycopg
 
 BIN = Path(sys.executable).parent
 PATIENCE_S = 180
+
+
+def heed_interrupts() -> None:
+    """For `preexec_fn`: a shell's background jobs, which tests may run in, ignore SIGINT, as would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def free_port() -> int:

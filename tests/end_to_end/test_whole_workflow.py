@@ -13,6 +13,7 @@ import av
 import pytest
 
 from models import weights
+from tests.servers import heed_interrupts
 
 PROFILE = Path(__file__).with_name("tiny.yaml")
 FILM_KINDS = ("keyframes", "people", "faces", "identities", "captions", "scripts")
@@ -162,14 +163,9 @@ def test_a_story_becomes_a_movie(home, first_run):
     assert ("movie", "a-story") in artifacts(home)
 
 
-def _heed_interrupts():
-    """A shell's background jobs, which tests may run in, ignore SIGINT, and so would what they start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_interrupt_leaves_a_state_from_which_the_next_call_goes_on(home, tmp_path):
     command = [sys.executable, "-m", "flows.cli", "ingest", str(home / "my films"), "--profile", str(PROFILE)]
-    own_group = {"start_new_session": True, "preexec_fn": _heed_interrupts}
+    own_group = {"start_new_session": True, "preexec_fn": heed_interrupts}
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **own_group) as started:
         deadline = time.monotonic() + 240
         for line in started.stderr:

@@ -6,6 +6,7 @@ import pytest
 
 from flows.backfill import BackfillRequest, check_budget, finish, judge_estimate, plan_backfill, run_batch
 from flows.pipeline import Pipeline
+from flows.sources import Source
 from flows.workspace import Workspace
 from models import weights
 from stages.errors import FailureBudgetError
@@ -22,7 +23,8 @@ def workspace(tmp_path):
 
 
 def batches(workspace, profile=PROFILE, **request):
-    return plan_backfill(Pipeline(workspace, profile), BackfillRequest(**request)).batches
+    planned = plan_backfill(Pipeline(workspace, profile), BackfillRequest(**request)).batches
+    return [[source.film_id for source in batch] for batch in planned]
 
 
 def test_films_are_chosen_by_state_and_dealt_to_batches(workspace):
@@ -69,20 +71,22 @@ def test_a_batch_computes_the_selected_stages_and_resumes_with_the_rest(workspac
     listed.write_text(f"film_id,uri\nfirst,{film}\nmissing,{tmp_path}/nowhere.mp4\n")
     request = BackfillRequest(select="keyframes", films=str(listed))
     pipeline = computing_pipeline(workspace, REAL)
-    assert run_batch(pipeline, request, ["first", "missing"]) == {"films": 2, "failed": 1, "newly_failed": 1}
+    (batch,) = plan_backfill(pipeline, request).batches
+    assert run_batch(pipeline, request, batch) == {"films": 2, "failed": 1, "newly_failed": 1}
     assert "does not exist" in pipeline.failed["missing"][1]
     assert {a.kind for a in workspace.catalog.artifacts()} == {"keyframes"}
     assert finish(pipeline, request) is None
 
     rest = BackfillRequest(select="captions", films="first")
     later = computing_pipeline(workspace, REAL)
-    run_batch(later, rest, ["first"])
+    first = [source for source in batch if source.film_id == "first"]
+    run_batch(later, rest, first)
     assert {a.kind for a in workspace.catalog.artifacts()} == {"keyframes"}, "captions wait for people"
     assert [spec.stage for spec in later.reports] == []
 
     whole = computing_pipeline(workspace, REAL)
     everything = BackfillRequest()
-    assert run_batch(whole, everything, ["first"]) == {"films": 1, "failed": 0, "newly_failed": 0}
+    assert run_batch(whole, everything, first) == {"films": 1, "failed": 0, "newly_failed": 0}
     assert finish(whole, everything).startswith("snapshot-")
     assert "keyframes" not in {report.stage for report in whole.reports}
     again = plan_backfill(Pipeline(workspace, REAL), everything)
@@ -94,11 +98,13 @@ def test_a_failed_film_gets_another_try_and_its_attempts_add_up(workspace, tmp_p
     film.write_bytes(b"not a film")
     note_film(workspace, "bad", film)
     for _ in range(2):
-        run_batch(computing_pipeline(workspace, REAL), BackfillRequest(reprocess="failed"), ["bad"])
+        run_batch(computing_pipeline(workspace, REAL), BackfillRequest(reprocess="failed"), [Source("bad", str(film))])
     (failure,) = workspace.catalog.failures()
     assert failure["attempts"] == 2
     assert failure["result"]["first_seen"] < failure["updated_at"]
-    again = run_batch(computing_pipeline(workspace, REAL), BackfillRequest(reprocess="stale"), ["bad"])
+    again = run_batch(
+        computing_pipeline(workspace, REAL), BackfillRequest(reprocess="stale"), [Source("bad", str(film))]
+    )
     assert again == {"films": 1, "failed": 1, "newly_failed": 0}, "a known failure is left alone, and is no news"
     assert workspace.catalog.failures() == [failure]
 

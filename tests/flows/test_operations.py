@@ -15,7 +15,7 @@ import pytest
 
 from flows.workspace import Workspace
 from models import weights
-from tests.servers import BIN, run_prefect
+from tests.servers import BIN, heed_interrupts, run_prefect
 
 ROOT = Path(__file__).parents[2]
 FILM = weights.folder("demo_films") / "carphone_pristine.mp4"
@@ -61,7 +61,8 @@ class Deployed:
         command = [str(BIN / "prefect"), "worker", "start", "--pool", "moviedreamer", "--type", "process"]
         variables = self.variables | {"PREFECT_WORKER_QUERY_SECONDS": "1"}
         with log.open("wb") as stream:
-            process = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=stream, stderr=stream)
+            streams = {"stdout": stream, "stderr": stream, "preexec_fn": heed_interrupts}
+            process = subprocess.Popen(command, cwd=ROOT, env=variables, **streams)
         try:
             yield
         finally:
