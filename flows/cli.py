@@ -21,6 +21,7 @@ from flows.terminal import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     common,
+    find_workspace,
     json_option,
     open_workspace,
     print_outcome,
@@ -113,7 +114,7 @@ def report(out: Path, as_json: bool, workspace: Path) -> None:
     """One HTML page with everything the workspace holds; it opens without a server."""
     from flows.report_data import write_report
 
-    write_report(open_workspace(workspace), out)
+    write_report(find_workspace(workspace), out)
     click.echo(json.dumps({"report": str(out)}) if as_json else f"report: {out}")
 
 

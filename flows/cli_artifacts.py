@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from flows.terminal import EXIT_FAILED, common, json_option, open_workspace, print_table, workspace_option
+from flows.terminal import EXIT_FAILED, common, find_workspace, json_option, print_table, workspace_option
 
 
 @click.group()
@@ -22,7 +22,7 @@ def artifacts() -> None:
 @workspace_option
 def list_artifacts(kind: str | None, as_json: bool, workspace: Path) -> None:
     """Every artifact, oldest first."""
-    rows = [a.as_dict() for a in open_workspace(workspace).catalog.artifacts() if kind in (None, a.kind)]
+    rows = [a.as_dict() for a in find_workspace(workspace).catalog.artifacts() if kind in (None, a.kind)]
     short = [row | {"digest": row["digest"][:12]} for row in rows]
     print_table(rows if as_json else short, as_json, ("id", "subject", "rows", "bytes", "digest", "created_at"))
 
@@ -35,7 +35,7 @@ def show_artifact(artifact_id: str, as_json: bool, workspace: Path) -> None:
     """One artifact: recipe, counts, files and where they lie."""
     from flows.lineage import get_artifact
 
-    opened = open_workspace(workspace)
+    opened = find_workspace(workspace)
     artifact = get_artifact(opened, artifact_id)
     details = artifact.as_dict() | {
         "recipe": artifact.recipe, "counts": artifact.counts, "summary": artifact.summary,
@@ -53,7 +53,7 @@ def why(artifact_id: str, as_json: bool, workspace: Path) -> None:
     """Everything an artifact was made from, up to the films: settings, weights, versions, runs."""
     from flows.lineage import explain_artifact
 
-    rows = explain_artifact(open_workspace(workspace), artifact_id)
+    rows = explain_artifact(find_workspace(workspace), artifact_id)
     if as_json:
         click.echo(json.dumps(rows))
         return
@@ -79,7 +79,7 @@ def diff(first: str, second: str, as_json: bool, workspace: Path) -> None:
     """What differs between two artifacts, in recipe and in content."""
     from flows.lineage import compare_artifacts
 
-    found = compare_artifacts(open_workspace(workspace), first, second)
+    found = compare_artifacts(find_workspace(workspace), first, second)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -100,7 +100,7 @@ def verify(as_json: bool, workspace: Path) -> None:
     from storage.errors import StorageError
     from storage.garbage import find_loose_objects
 
-    opened = open_workspace(workspace)
+    opened = find_workspace(workspace)
     checked, problems = {}, []
     for artifact in opened.catalog.artifacts():
         for stored in artifact.files:
@@ -142,7 +142,7 @@ def gc(keep_days: float, dry_run: bool, as_json: bool, workspace: Path) -> None:
     """Remove artifacts that no ref and no snapshot reaches, and objects that no artifact lists."""
     from storage.garbage import find_garbage, remove_garbage
 
-    opened = open_workspace(workspace)
+    opened = find_workspace(workspace)
     garbage = find_garbage(opened.catalog, opened.store, timedelta(days=keep_days))
     uploads = 0 if dry_run else remove_garbage(opened.catalog, opened.store, garbage)
     found = {
@@ -172,7 +172,7 @@ def list_quarantine(as_json: bool, workspace: Path) -> None:
     """Failures by stage and cause, the most frequent first."""
     from flows.quarantine import cluster, list_failures
 
-    failures = list_failures(open_workspace(workspace))
+    failures = list_failures(find_workspace(workspace))
     rows = [failure.as_dict() for failure in failures] if as_json else cluster(failures)
     print_table(rows, as_json, ("stage", "count", "attempts", "first_seen", "last_seen", "cause", "example"))
 
@@ -186,7 +186,7 @@ def show_quarantine(subject: str, as_json: bool, workspace: Path) -> None:
     from flows.quarantine import list_failures
     from stages.errors import UsageError
 
-    rows = [failure.as_dict() for failure in list_failures(open_workspace(workspace)) if failure.subject == subject]
+    rows = [failure.as_dict() for failure in list_failures(find_workspace(workspace)) if failure.subject == subject]
     if not rows:
         raise UsageError(f"nothing of '{subject}' is in quarantine: `moviedreamer quarantine list --json` names all")
     click.echo(json.dumps(rows, indent=None if as_json else 2))
@@ -200,7 +200,7 @@ def retry_quarantine(cause: str | None, as_json: bool, workspace: Path) -> None:
     """Let what failed be tried again by the next ingestion or backfill."""
     from flows.quarantine import release
 
-    subjects = release(open_workspace(workspace), cause)
+    subjects = release(find_workspace(workspace), cause)
     if as_json:
         click.echo(json.dumps({"released": subjects}))
     else:
@@ -226,7 +226,7 @@ def replay_unit(unit: str, out: Path, profile: str, workspace: Path, settings: t
     from flows.replay import replay
     from stages.errors import UsageError
 
-    opened, settled = open_workspace(workspace), ExplainedProfile(profile, settings).profile
+    opened, settled = find_workspace(workspace), ExplainedProfile(profile, settings).profile
     try:
         done = replay(opened, settled, unit, out)
     except Exception as error:

@@ -10,8 +10,8 @@ import click
 from flows.terminal import (
     EXIT_FAILED,
     common,
+    find_workspace,
     json_option,
-    open_workspace,
     print_table,
     start_prefect,
     workspace_option,
@@ -31,7 +31,7 @@ def create(name: str, as_json: bool, workspace: Path) -> None:
     """Give the newest snapshot a name; `train --snapshot NAME` trains on it whatever is ingested later."""
     from flows.snapshots import create_snapshot
 
-    target = create_snapshot(open_workspace(workspace), name)
+    target = create_snapshot(find_workspace(workspace), name)
     click.echo(json.dumps({"name": name, "snapshot": target}) if as_json else f"{name} stands for {target}")
 
 
@@ -42,7 +42,7 @@ def list_all(as_json: bool, workspace: Path) -> None:
     """Every snapshot, oldest first."""
     from flows.snapshots import list_snapshots
 
-    rows = list_snapshots(open_workspace(workspace))
+    rows = list_snapshots(find_workspace(workspace))
     shown = rows if as_json else [row | {"names": ", ".join(row["names"])} for row in rows]
     print_table(shown, as_json, ("snapshot", "names", "shards", "films", "created_at"))
 
@@ -56,7 +56,7 @@ def diff(first: str, second: str, as_json: bool, workspace: Path) -> None:
     """Which shards and films tell two snapshots apart."""
     from flows.snapshots import compare_snapshots
 
-    found = compare_snapshots(open_workspace(workspace), first, second)
+    found = compare_snapshots(find_workspace(workspace), first, second)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -81,7 +81,7 @@ def list_all_models(as_json: bool, workspace: Path) -> None:
     """Every model, oldest first, with its newest score on held-out keyframes."""
     from flows.model_registry import list_models
 
-    rows = list_models(open_workspace(workspace))
+    rows = list_models(find_workspace(workspace))
     print_table(rows, as_json, ("name", "role", "snapshot", "score", "scored_on", "created_at"))
 
 
@@ -93,7 +93,7 @@ def promote_model(name: str, as_json: bool, workspace: Path) -> None:
     """Put a model in use, whatever its score."""
     from flows.model_registry import promote
 
-    promote(open_workspace(workspace), name)
+    promote(find_workspace(workspace), name)
     click.echo(json.dumps({"champion": name}) if as_json else f"champion: {name}")
 
 
@@ -104,7 +104,7 @@ def roll_back_model(as_json: bool, workspace: Path) -> None:
     """Put the model before the champion in use again."""
     from flows.model_registry import roll_back
 
-    name = roll_back(open_workspace(workspace))
+    name = roll_back(find_workspace(workspace))
     click.echo(json.dumps({"champion": name}) if as_json else f"champion: {name}")
 
 
@@ -129,7 +129,7 @@ def remove(
     from flows.removal import plan_removal
 
     ExplainedProfile(profile, settings)
-    opened = open_workspace(workspace)
+    opened = find_workspace(workspace)
     found: dict[str, Any] = plan_removal(opened, film_id).as_dict()
     if not as_json:
         _print_removal(found)

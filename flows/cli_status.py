@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from flows.terminal import common, describe_duration, open_workspace, print_table
+from flows.terminal import common, describe_duration, find_workspace, print_table
 
 
 @click.command()
@@ -16,7 +16,7 @@ def status(profile: str, workspace: Path, settings: tuple[str, ...], as_json: bo
     from flows.profile import ExplainedProfile
     from flows.status import read_status
 
-    found = read_status(open_workspace(workspace), ExplainedProfile(profile, settings).profile)
+    found = read_status(find_workspace(workspace), ExplainedProfile(profile, settings).profile)
     if as_json:
         click.echo(json.dumps(found))
     else:

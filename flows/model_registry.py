@@ -169,7 +169,7 @@ def choose_champion(pipeline: Pipeline, candidate: Model, snapshot: str) -> dict
         "candidate": candidate.name,
         "champion": current.name if current else None,
         "scores": {},
-        "rule": rule,
+        "rule": rule if current else "there was no champion",
         "promoted": current is None,
     }
     if current is not None and current.name != candidate.name:

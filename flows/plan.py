@@ -72,7 +72,7 @@ class Plan:
 
     def counts(self) -> dict[str, Counter]:
         """Stage to how many subjects are in each state."""
-        counts: dict[str, Counter] = {group.stage: Counter() for group in self.groups}
+        counts: dict[str, Counter] = {stage: Counter() for stage in self.estimates}
         for group in self.groups:
             counts[group.stage][group.state] += len(group.subjects)
         return counts

@@ -26,9 +26,25 @@ def common(command: Any) -> Any:
 
 
 def open_workspace(workspace: Path) -> Any:
-    """The workspace in a folder."""
+    """The workspace in a folder, made where it is absent."""
     from flows.workspace import Workspace
 
+    return Workspace.open(workspace)
+
+
+def find_workspace(workspace: Path) -> Any:
+    """The workspace in a folder.
+
+    Raises:
+        UsageError: There is none: a command that only looks makes none, so that a slip of the pen is no empty answer.
+    """
+    from flows.workspace import Workspace
+    from stages.errors import UsageError
+
+    if not Workspace.exists(workspace):
+        raise UsageError(
+            f"no workspace at {workspace}: correct --workspace, or run `moviedreamer ingest FILM...` first"
+        )
     return Workspace.open(workspace)
 
 

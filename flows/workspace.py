@@ -56,6 +56,11 @@ class Workspace:
     store: ObjectStore
 
     @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether a folder is a workspace."""
+        return (folder / FILE).is_file() or (folder / "catalog.sqlite").is_file()
+
+    @staticmethod
     def open(folder: Path) -> "Workspace":
         """Open a workspace, making it where it is absent.
 

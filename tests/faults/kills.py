@@ -35,6 +35,7 @@ class Ingestion:
         self._call = [sys.executable, "-m", "flows.cli", "ingest", *films, "--workspace", str(workspace)]
         self._call += [word for setting in settings for word in ("--set", setting)]
         self._workspace = workspace
+        workspace.parent.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start it in a session of its own."""
@@ -79,11 +80,10 @@ def _ancestors(pid: int) -> set[int]:
     return seen
 
 
-def disturb(ingestion: Ingestion, kills: int, seed: int) -> dict[str, int]:
+def disturb(ingestion: Ingestion, kills: int, draw: random.Random, done: dict[str, int]) -> None:
     """Kill and resume, until there were enough kills or the ingestion is through; counts the kills of each victim."""
-    draw, done = random.Random(seed), dict.fromkeys(VICTIMS, 0)
     while sum(done.values()) < kills:
-        process, victim = ingestion.start(), list(VICTIMS)[sum(done.values()) % len(VICTIMS)]
+        process, victim = ingestion.start(), min(done, key=done.get)
         delay_s, seen = draw.uniform(0, LONGEST_DELAY_S), None
         while process.poll() is None:
             targets = find_processes(process.pid, VICTIMS[victim])
@@ -94,36 +94,41 @@ def disturb(ingestion: Ingestion, kills: int, seed: int) -> dict[str, int]:
                 break
             time.sleep(0.05)
         else:
-            return done
+            return
         killed = time.monotonic()
         code = process.wait()
         print(
-            f"{victim} after {delay_s:.0f} s: ended with {code}, {time.monotonic() - killed:.0f} s later",
+            f"{sum(done.values())}: {victim} after {delay_s:.0f} s: ended with {code}, "
+            f"{time.monotonic() - killed:.0f} s later",
             file=sys.stderr,
         )
-    return done
+
+
+def compare(calm: Ingestion, wild: Ingestion) -> dict[str, Any]:
+    """What tells a disturbed ingestion that is through from the undisturbed one."""
+    checked = wild.query("artifacts", "verify")
+    expected, found = calm.digests(), wild.digests()
+    return {
+        "identical": expected == found,
+        "artifacts": len(found),
+        "problems": checked["problems"],
+        "loose_objects": len(checked["loose"]),
+        "differing": sorted(expected.items() ^ found.items())[:10],
+    }
 
 
 def measure(films: list[str], kills: int, seed: int, settings: list[str]) -> dict[str, Any]:
-    """Ingest undisturbed and disturbed, and compare."""
+    """Ingest once undisturbed, and disturbed again and again until there were enough kills; compare each time."""
+    draw, done, rounds = random.Random(seed), dict.fromkeys(VICTIMS, 0), []
     with tempfile.TemporaryDirectory() as folder:
-        calm, wild = (Ingestion(films, Path(folder) / name / "workspace", settings) for name in ("calm", "wild"))
-        for name in ("calm", "wild"):
-            (Path(folder) / name).mkdir()
+        calm = Ingestion(films, Path(folder) / "calm" / "workspace", settings)
         calm_code = calm.finish()
-        survived = disturb(wild, kills, seed)
-        wild_code = wild.finish()
-        checked = wild.query("artifacts", "verify")
-        expected, found = calm.digests(), wild.digests()
-        return {
-            "identical": expected == found,
-            "artifacts": len(found),
-            "exit_codes": [calm_code, wild_code],
-            "kills": survived,
-            "problems": checked["problems"],
-            "loose_objects": len(checked["loose"]),
-            "differing": sorted(expected.items() ^ found.items())[:10],
-        }
+        while sum(done.values()) < kills:
+            wild = Ingestion(films, Path(folder) / f"wild-{len(rounds)}" / "workspace", settings)
+            disturb(wild, kills, draw, done)
+            rounds.append({"exit_codes": [calm_code, wild.finish()]} | compare(calm, wild))
+            print(f"ingestion {len(rounds)}: {json.dumps(rounds[-1])}", file=sys.stderr)
+    return {"kills": done, "ingestions": len(rounds), "rounds": rounds}
 
 
 def main() -> None:
@@ -137,7 +142,7 @@ def main() -> None:
     films = [str(Path(film).absolute()) for film in call.films]
     result = measure(films, call.kills, call.seed, [f"keyframes.every_n_frames={call.every_n_frames}"])
     print(json.dumps(result))
-    sys.exit(0 if result["identical"] and not result["problems"] else 1)
+    sys.exit(0 if all(found["identical"] and not found["problems"] for found in result["rounds"]) else 1)
 
 
 if __name__ == "__main__":

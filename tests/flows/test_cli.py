@@ -33,17 +33,45 @@ def call(monkeypatch, capsys, *arguments):
         (["backfill", "--reprocess", "some"], "'some' is not one of"),
         (["quarantine", "show", "x"], "nothing of 'x' is in quarantine"),
         (["artifacts", "why", "x-1"], "no artifact 'x-1'"),
+        (["snapshot", "create", "newest"], "a snapshot cannot be called 'newest'"),
+        (["snapshot", "diff", "a", "b"], "no snapshot 'a'"),
+        (["train", "--snapshot", "a"], "no snapshot 'a'"),
+        (["generate", "story.json", "--model", "m"], "no model 'm'"),
+        (["models", "promote", "m"], "no model 'm'"),
+        (["film", "remove", "x.mp4", "--yes"], "no film 'x.mp4'"),
+        (["stage", "replay", "people"], "expected STAGE/SUBJECT"),
+        (["plan", "--set", "engine.metrics_address=here"], "engine.metrics_address"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(monkeypatch, capsys, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
+    cli.open_workspace(tmp_path / "workspace").catalog.close()
     code, _, err = call(monkeypatch, capsys, *arguments)
     assert code == 2
     assert message in err
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"], ["report"], ["artifacts", "list"], ["artifacts", "gc"], ["quarantine", "list"],
+        ["snapshot", "list"], ["models", "list"], ["film", "remove", "x"], ["stage", "replay", "people/x"],
+    ],
+)  # fmt: skip
+def test_a_slip_of_the_pen_makes_no_workspace(monkeypatch, capsys, tmp_path, command):
+    code, _, err = call(monkeypatch, capsys, *command, "--workspace", tmp_path / "wrkspace")
+    assert (code, (tmp_path / "wrkspace").exists()) == (2, False)
+    assert "no workspace at" in err
+
+
+def test_a_plan_of_nothing_is_empty(monkeypatch, capsys, tmp_path):
+    code, out, _ = call(monkeypatch, capsys, "plan", "--json", "--workspace", tmp_path)
+    assert (code, json.loads(out)["total"]["seconds"]) == (0, 0.0)
+    assert call(monkeypatch, capsys, "plan", "--workspace", tmp_path)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["train", "retrain", "evaluate"])
 def test_commands_that_come_too_early_name_the_first_step(monkeypatch, capsys, tmp_path, command):
     code, _, err = call(monkeypatch, capsys, command, "--workspace", tmp_path / "w")
     assert code == 1
@@ -89,6 +117,7 @@ def test_doctor_lists_what_is_missing(tmp_path):
 
 
 def test_artifacts_of_an_empty_workspace(monkeypatch, capsys, tmp_path):
+    cli.open_workspace(tmp_path).catalog.close()
     assert call(monkeypatch, capsys, "artifacts", "list", "--json", "--workspace", tmp_path)[:2] == (0, "[]\n")
     assert call(monkeypatch, capsys, "artifacts", "verify", "--workspace", tmp_path)[0] == 0
 
