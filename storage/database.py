@@ -5,6 +5,7 @@ says so. A transaction that was cut off has left nothing behind and is done agai
 """
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 import tenacity
-from sqlalchemy.dialects import postgresql, sqlite
 
 from storage.errors import CatalogError
 from storage.tables import metadata
@@ -149,7 +149,8 @@ def is_passing(error: BaseException) -> bool:
 
 def upsert(connection: sa.Connection, table: sa.Table, row: Mapping[str, Any], replace: bool = True) -> bool:
     """Insert a row; where its key is taken, replace that row or keep it. Returns whether anything was written."""
-    insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[connection.dialect.name](table).values(**row)
+    dialect = importlib.import_module(f"sqlalchemy.dialects.{connection.dialect.name}")
+    insert = dialect.insert(table).values(**row)
     keys = [column.name for column in table.primary_key]
     if replace:
         values = {name: insert.excluded[name] for name in row if name not in keys}

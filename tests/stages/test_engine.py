@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -7,6 +8,7 @@ from stages.engine import Engine, InlineExecutor, Work
 from stages.worker import WorkerSettings
 from storage.artifacts import read_rows
 from storage.catalog import Catalog
+from storage.garbage import find_loose_objects
 from storage.objects import ObjectStore
 from tests.stages.tiny_stages import COUNT, DOUBLE, TOTAL, CountConfig, DoubleConfig, TotalConfig
 
@@ -144,6 +146,28 @@ def test_same_work_gives_the_same_digests(tmp_path):
         digests.append(bench.double(bench.count("a")).done["a"].digest)
         bench.catalog.close()
     assert digests[0] == digests[1]
+
+
+def test_two_ingestions_of_the_same_films_at_once_keep_one_result(bench, backend, tmp_path):
+    other = Bench(tmp_path / "other", backend=backend)
+    films = [f"film {number}" for number in range(8)]
+
+    def ingest(which):
+        return which.double(which.count(*films, rows=300))
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(ingest, (bench, other))
+    assert sorted(first.done) == sorted(second.done) == films
+    assert first.failed == second.failed == {}
+    assert {a.id for a in first.done.values()} == {a.id for a in second.done.values()}
+    assert len(bench.catalog.artifacts()) == 16
+    for artifact in bench.catalog.artifacts():
+        assert len(artifact.inputs) == (artifact.kind == "double")
+        for stored in artifact.files:
+            bench.store.verify(stored)
+    assert bench.catalog.unit_keys() == set()
+    assert find_loose_objects(bench.catalog, bench.store) == []
+    other.catalog.close()
 
 
 def test_ray_gives_the_same_digests_as_inline(bench, ray_bench):
