@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.profile import ExplainedProfile
+from flows.workspace import Workspace
 from models.weights import TABLE, missing_files
+from stages.errors import MoviedreamerError
+from storage.errors import StorageError
 
 MIN_FREE_BYTES = 5 * 2**30
 PACKAGES = (
@@ -33,6 +36,7 @@ def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
         _row("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or later"),
         _row("cores", True, str(len(os.sched_getaffinity(0))), ""),
         _disk(workspace),
+        _workspace(workspace),
     ]
     rows += [_package(name) for name in PACKAGES]
     rows.append(_row("accelerator", True, _accelerator(), ""))
@@ -60,6 +64,20 @@ def _disk(workspace: Path) -> dict[str, Any]:
     found = f"{free / 2**30:.1f} GiB free at {folder}" + ("" if writable else ", not writable")
     remedy = f"free some space (at least {MIN_FREE_BYTES // 2**30} GiB) or choose another --workspace"
     return _row("disk", free >= MIN_FREE_BYTES and writable, found, remedy)
+
+
+def _workspace(folder: Path) -> dict[str, Any]:
+    """Whether catalog and store answer; a bucket's keys and a database's password are tried by that."""
+    if not Workspace.exists(folder):
+        return _row("workspace", True, "none yet", "")
+    try:
+        opened = Workspace.open(folder)
+        films = len(opened.catalog.films())
+        opened.store.ping()
+        opened.catalog.close()
+    except (MoviedreamerError, StorageError) as error:
+        return _row("workspace", False, "does not answer", str(error))
+    return _row("workspace", True, f"{films} films, objects in {opened.store.uri}", "")
 
 
 def _package(name: str) -> dict[str, Any]:

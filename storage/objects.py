@@ -9,6 +9,7 @@ for up to `PATIENCE`.
 """
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -209,6 +210,17 @@ class ObjectStore:
         if (found := hasher.hexdigest()) != stored.digest:
             raise ObjectCorruptError(f"{stored.name} in {self.uri} has SHA-256 {found}, expected {stored.digest}")
 
+    def ping(self) -> None:
+        """Ask the store for anything at all.
+
+        Raises:
+            StoreUnavailableError: It does not answer, or not to these keys.
+        """
+        try:
+            next(iter(obstore.list(self._store)), None)
+        except BaseError as error:
+            raise self._unavailable("list objects", error) from error
+
     def objects(self) -> list[StoredObject]:
         """Every object in the store, by key."""
         entries = [entry for batch in obstore.list(self._store) for entry in batch]
@@ -293,4 +305,7 @@ def _missing(stored: StoredFile, uri: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    """What a person needs of an error: of a bucket's answer in XML its code and message, else the first line."""
+    text = str(error).strip()
+    found = [match[1] for tag in ("Code", "Message") if (match := re.search(f"<{tag}>(.*?)</{tag}>", text))]
+    return (": ".join(found) or (text.splitlines() or [type(error).__name__])[0])[:300]

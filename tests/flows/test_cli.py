@@ -116,6 +116,20 @@ def test_doctor_lists_what_is_missing(tmp_path):
     assert rows["weights centerface"]["ok"]
 
 
+def test_doctor_asks_a_shared_workspace(tmp_path, s3, monkeypatch):
+    def examine():
+        done = CliRunner().invoke(cli.cli, ["doctor", "--json", "--workspace", str(tmp_path)])
+        return {row["check"]: row for row in json.loads(done.output)}["workspace"]
+
+    assert (examine()["ok"], examine()["found"]) == (True, "none yet")
+    (tmp_path / "workspace.yaml").write_text("objects: s3://films/doctor\n")
+    assert examine()["found"] == "0 films, objects in s3://films/doctor"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    assert "SignatureDoesNotMatch" in examine()["remedy"]
+    (tmp_path / "workspace.yaml").write_text("catalog: postgresql+psycopg://me@127.0.0.1:9/x\n")
+    assert "check that it runs" in examine()["remedy"]
+
+
 def test_artifacts_of_an_empty_workspace(monkeypatch, capsys, tmp_path):
     cli.open_workspace(tmp_path).catalog.close()
     assert call(monkeypatch, capsys, "artifacts", "list", "--json", "--workspace", tmp_path)[:2] == (0, "[]\n")
