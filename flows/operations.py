@@ -2,8 +2,6 @@
 
 import inspect
 import logging
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +12,6 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.events import emit_event
-from prefect.server.api.server import SubprocessASGIServer
 from pydantic import Field
 
 from flows import removal as removals
@@ -63,9 +60,6 @@ PARAMETERS = {
 
 log = logging.getLogger(__name__)
 
-_watchers: list[subprocess.Popen[bytes]] = []
-"""Kept, because the end of their standard input is what they wait for."""
-
 
 def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Make a function a Prefect flow whose parameters are validated, and described in the form in the browser."""
@@ -103,25 +97,6 @@ def running(command: str, profile: str, workspace: str, settings: list[str]) -> 
             if close := getattr(part, "close", None):
                 close()
         opened.catalog.close()
-
-
-def start_temporary_server() -> None:
-    """Start Prefect's temporary server, deaf to Ctrl-C, which a terminal sends to every process of the command.
-
-    The server has to outlive it by a moment: it is told how the run ended, and only then stopped by this process.
-    A process inherits the signals that are blocked where it is started. Where this process is killed, so that it stops
-    nothing, a shell that waits for the end of its standard input stops the server.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        server = SubprocessASGIServer()
-        server.start()
-        if server.server_process is not None:
-            script = 'cat; kill "$1" 2>/dev/null && sleep 5 && kill -9 "$1" 2>/dev/null'
-            command = ["sh", "-c", script, "sh", str(server.server_process.pid)]
-            _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _perform(request: Request, profile: str, workspace: str, settings: list[str]) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def start_prefect(opened: Any) -> Any:
     from flows import operations
 
     if not has_server:
-        operations.start_temporary_server()
+        from flows.temporary_server import TemporaryServer
+
+        TemporaryServer().start()
     return operations
 
 
