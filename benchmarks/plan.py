@@ -89,7 +89,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     started = time.perf_counter()
     walked = Pipeline(workspace, profile)
     some = workspace.catalog.films()[:PEER_FILMS]
-    ingest_films(walked, [Film(row["film_id"], Path(row["uri"]), row["digest"]) for row in some])
+    ingest_films(walked, [Film(row["film_id"], row["uri"], row["digest"]) for row in some])
     peer_s = (time.perf_counter() - started) * count / min(count, PEER_FILMS)
     started = time.perf_counter()
     bulk = make_plan(workspace, profile, *choose_films(workspace, None), STAGES)
