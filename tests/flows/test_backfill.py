@@ -7,19 +7,11 @@ import pytest
 from flows.backfill import BackfillRequest, check_budget, finish, judge_estimate, plan_backfill, run_batch
 from flows.pipeline import Pipeline
 from flows.sources import Source
-from flows.workspace import Workspace
 from models import weights
 from stages.errors import FailureBudgetError
 from tests.flows.ingested import PROFILE, computing_pipeline, fail, ingest, note_film, profile_with
 
 REAL = profile_with("engine.executor=inline", "keyframes.every_n_frames=30")
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    opened = Workspace.open(tmp_path / "a workspace")
-    yield opened
-    opened.catalog.close()
 
 
 def batches(workspace, profile=PROFILE, **request):

@@ -3,17 +3,13 @@
 import pytest
 
 from flows.lineage import compare_artifacts, explain_artifact
-from flows.workspace import Workspace
 from stages.errors import UsageError
 from tests.flows.ingested import ingest, profile_with
 
 
-@pytest.fixture
-def workspace(tmp_path):
-    opened = Workspace.open(tmp_path / "w")
-    ingest(opened, "a film")
-    yield opened
-    opened.catalog.close()
+@pytest.fixture(autouse=True)
+def _ingested(workspace):
+    ingest(workspace, "a film")
 
 
 def test_why_goes_down_to_the_film_and_names_each_artifact_once(workspace):

@@ -13,13 +13,6 @@ from stages.errors import CatalogueError, UsageError
 from tests.flows.ingested import PROFILE, fail, ingest, note_film, pack, profile_with
 
 
-@pytest.fixture
-def workspace(tmp_path):
-    opened = Workspace.open(tmp_path / "a workspace")
-    yield opened
-    opened.catalog.close()
-
-
 def plan(workspace, profile=PROFILE, select=None, films=None):
     return make_plan(workspace, profile, *choose_films(workspace, films), select_stages(select))
 

@@ -4,16 +4,8 @@ import pytest
 
 from flows.plan import choose_films, make_plan, select_stages
 from flows.quarantine import cluster, find_cause, list_failures, release
-from flows.workspace import Workspace
 from stages.errors import UsageError
 from tests.flows.ingested import PROFILE, fail
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    opened = Workspace.open(tmp_path / "w")
-    yield opened
-    opened.catalog.close()
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,9 @@ from flows.ingest import pack_shards
 from flows.model_registry import KINDS, champion, get_model, list_models, promote, register_model, roll_back
 from flows.pipeline import Pipeline
 from flows.snapshots import compare_snapshots, create_snapshot, find_snapshot, list_snapshots
-from flows.workspace import Workspace
 from stages.errors import MissingInputError, UsageError
 from storage.artifacts import Recipe
 from tests.flows.ingested import PROFILE, commit, ingest
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    opened = Workspace.open(tmp_path / "w")
-    yield opened
-    opened.catalog.close()
 
 
 def pipeline_of(workspace):

@@ -5,22 +5,12 @@ import urllib.request
 from collections import Counter
 from datetime import timedelta
 
-import pytest
-
 from flows.heartbeat import Heartbeat
 from flows.metrics import Metrics
 from flows.status import read_status
-from flows.workspace import Workspace
 from stages.engine import StageReport
 from tests.flows.ingested import PROFILE, fail, ingest, note_film
 from tests.servers import free_port
-
-
-@pytest.fixture
-def workspace(tmp_path):
-    opened = Workspace.open(tmp_path / "w")
-    yield opened
-    opened.catalog.close()
 
 
 def test_status_tells_of_runs_failures_cost_and_what_is_left(workspace):
