@@ -1,5 +1,6 @@
 """The commands as Prefect flows. Each call computes what the catalog does not have yet, and nothing else."""
 
+import functools
 import inspect
 import logging
 import time
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from prefect.events import emit_event
+from prefect.states import Completed
 from pydantic import Field
 
 from flows import removal as removals
@@ -67,9 +69,24 @@ def operation(name: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         about = "\n".join(f"    {word}: {PARAMETERS[word]}" for word in inspect.signature(function).parameters)
         function.__doc__ = f"{function.__doc__}\n\nArgs:\n{about}\n"
-        return flow(name=name, validate_parameters=True)(function)
+
+        @functools.wraps(function)
+        def run_and_judge(*args: Any, **kwargs: Any) -> Any:
+            return _judge(function(*args, **kwargs))
+
+        return flow(name=name, validate_parameters=True)(run_and_judge)
 
     return decorate
+
+
+def _judge(summary: Any) -> Any:
+    """A run in which films failed says so on its page; it is no failed run, because the others went through."""
+    failed = summary["failed"] if isinstance(summary, dict) else []
+    if not failed:
+        return summary
+    first = failed[0]
+    message = f"{len(failed)} failed, such as {first['subject']} at {first['stage']}: {first['error']}"
+    return Completed(name="CompletedWithFailures", message=message[:1000], data=summary)
 
 
 @contextmanager

@@ -104,11 +104,14 @@ def kinds(workspace):
 
 
 def test_a_scheduled_ingestion_completes_and_its_page_shows_what_it_did(on_sqlite, tmp_path):
-    log, workspace = tmp_path / "log", tmp_path / "w"
-    on_sqlite.schedule("ingest", films=[str(FILM)], workspace=str(workspace), settings=SETTINGS)
+    log, workspace, broken = tmp_path / "log", tmp_path / "w", tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a film")
+    on_sqlite.schedule("ingest", films=[str(FILM), str(broken)], workspace=str(workspace), settings=SETTINGS)
     with on_sqlite.worker(log):
         run = on_sqlite.wait_for_run("ingest", log)
     assert run["auto_scheduled"]
+    assert run["state"]["name"] == "CompletedWithFailures"
+    assert "1 failed, such as broken.mp4 at keyframes" in run["state"]["message"]
     assert kinds(workspace) == STAGES
     pages = {artifact["key"]: artifact for artifact in on_sqlite.ask("artifacts")}
     assert FILM.name in pages["people-subjects"]["data"]
