@@ -212,7 +212,8 @@ def find_skin(image: UInt8[np.ndarray, "height width 3"], person: Person) -> Flo
 
 
 def find_long_hair(image: UInt8[np.ndarray, "height width 3"], person: Person) -> Float[np.ndarray, "pixel 3"]:
-    """CIELAB of what belongs to the person beside the jaw; empty without a face or when little is there."""
+    """CIELAB of what belongs to the person beside the jaw, on the side where more is seen, or on both where as much is;
+    empty without a face or when little is there."""
     if person.face is None:
         return np.zeros((0, 3), np.float32)
     x0, y0, x1, y1 = person.face.box
@@ -221,8 +222,9 @@ def find_long_hair(image: UInt8[np.ndarray, "height width 3"], person: Person) -
         find_person_pixels(image, person, (x, top, x + 0.35 * width, bottom))
         for x in (x0 - 0.4 * width, x1 + 0.05 * width)
     ]
-    sample = max(sides, key=len)
-    return sample if len(sample) > 0.3 * 0.35 * width * (bottom - top) else sample[:0]
+    most = max(map(len, sides))
+    sample = np.concatenate([side for side in sides if len(side) == most])
+    return sample if most > 0.3 * 0.35 * width * (bottom - top) else sample[:0]
 
 
 def find_person_pixels(

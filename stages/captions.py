@@ -29,7 +29,7 @@ class CaptionsConfig(StageConfig):
 
 SPEC = StageSpec(
     name="captions",
-    version=1,
+    version=2,
     implementation="stages.captions:Captions",
     inputs=("keyframes", "people", "faces", "identities"),
     output="captions",

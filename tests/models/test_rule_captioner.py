@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 
 from models import weights
 from models.rule_captioner import caption_keyframe, caption_person
-from models.scene import Face, Person, find_picture_area, measure_facing, measure_scene
+from models.scene import Face, Person, find_long_hair, find_picture_area, measure_facing, measure_scene
 from models.script import mirror_sentence
 
 ALL = 99
@@ -295,6 +295,16 @@ def flip(image: np.ndarray, somebody: Person) -> Person:
         points = face.landmarks[[1, 0, 2, 4, 3]] * [-1, 1] + [width, 0]
         face = Face((width - face.box[2], face.box[1], width - face.box[0], face.box[3]), points.astype(np.float32))
     return Person(somebody.name, (width - x1, y0, width - x0, y1), somebody.mask[:, ::-1].copy(), face)
+
+
+def test_hair_of_two_colours_is_the_same_hair_in_the_mirror() -> None:
+    somebody = person((5, 5, 35, 64), face_px=24)
+    image = picture((20, 0, 0), height=64, width=96)
+    image[:, 20:] = (0, 20, 0)
+    hair = find_long_hair(image, somebody)
+    mirrored = find_long_hair(image[:, ::-1].copy(), flip(image, somebody))
+    assert len(np.unique(hair, axis=0)) == 2
+    assert sorted(map(tuple, hair)) == sorted(map(tuple, mirrored))
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
