@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.generate import NEWEST_STORY, make_movie, register_references, register_story, retell_films
 from flows.ingest import NEWEST_SNAPSHOT, ingest_films, pack_shards
-from flows.model_registry import Model, adopt_model, champion, choose_champion, get_model, register_model
+from flows.model_registry import adopt_model, champion, choose_champion, get_model, register_model
 from flows.pipeline import Pipeline
 from flows.snapshots import find_snapshot
 from flows.sources import Film, expand, resolve
@@ -78,33 +78,43 @@ def walk(pipeline: Pipeline, request: Request) -> Walked:
         MissingInputError: An earlier command has to come first.
     """
     walked = Walked(pipeline)
-    snapshot: str | None = None
-    film_ids: list[str] = []
-    if request.command in ("run", "ingest"):
-        film_ids, snapshot = _walk_films(pipeline, request.films)
-    elif request.command in ("generate", "evaluate") and (model := _choose_model(pipeline, request.model)):
-        snapshot = adopt_model(pipeline, model)
-    else:
-        snapshot = _adopt_snapshot(pipeline, request.snapshot)
-        train_models(pipeline, snapshot)
-    if request.command == "run" and snapshot is not None:
-        train_models(pipeline, snapshot)
-    if request.command in ("train", "retrain") and snapshot is not None:
-        candidate = register_model(pipeline, snapshot)
-        if candidate and request.command == "retrain":
-            walked.decision = choose_champion(pipeline, candidate, snapshot)
-    if request.command in ("run", "generate", "evaluate") and snapshot is not None:
-        story = _choose_story(pipeline, request, film_ids)
-        if story is not None:
-            register_references(pipeline, story, request.references)
-            make_movie(pipeline, story, snapshot)
-            walked.movie = _deliver(pipeline, pipeline.get("movie", story), request.out)
+    match request.command:
+        case "ingest":
+            _walk_films(pipeline, request.films)
+        case "train" | "retrain":
+            snapshot = _adopt_snapshot(pipeline, request.snapshot)
+            train_models(pipeline, snapshot)
+            candidate = register_model(pipeline, snapshot)
+            if candidate and request.command == "retrain":
+                walked.decision = choose_champion(pipeline, candidate, snapshot)
+        case "generate" | "evaluate":
+            snapshot = _adopt_models(pipeline, request.model)
+            story = register_story(pipeline, request.story) if request.story else _adopt_story(pipeline)
+            _walk_story(walked, request, story, snapshot)
+        case "run":
+            film_ids, packed = _walk_films(pipeline, request.films)
+            if packed is not None:
+                train_models(pipeline, packed)
+                told = register_story(pipeline, request.story) if request.story else retell_films(pipeline, film_ids)
+                if told is not None:
+                    _walk_story(walked, request, told, packed)
     return walked
 
 
-def _choose_model(pipeline: Pipeline, name: str | None) -> Model | None:
-    """The model of a name; without one the champion, if there is one."""
-    return get_model(pipeline.workspace, name) if name else champion(pipeline.workspace)
+def _walk_story(walked: Walked, request: Request, story: str, snapshot: str) -> None:
+    register_references(walked.pipeline, story, request.references)
+    make_movie(walked.pipeline, story, snapshot)
+    walked.movie = _deliver(walked.pipeline, walked.pipeline.get("movie", story), request.out)
+
+
+def _adopt_models(pipeline: Pipeline, name: str | None) -> str:
+    """Bring the model of a name into the walk, or the champion; before there is one, train on the newest snapshot."""
+    model = get_model(pipeline.workspace, name) if name else champion(pipeline.workspace)
+    if model is not None:
+        return adopt_model(pipeline, model)
+    snapshot = _adopt_snapshot(pipeline, None)
+    train_models(pipeline, snapshot)
+    return snapshot
 
 
 def _walk_films(pipeline: Pipeline, names: tuple[str, ...]) -> tuple[list[str], str | None]:
@@ -132,11 +142,8 @@ def _adopt_snapshot(pipeline: Pipeline, name: str | None) -> str:
     return snapshot
 
 
-def _choose_story(pipeline: Pipeline, request: Request, film_ids: list[str]) -> str | None:
-    if request.story is not None:
-        return register_story(pipeline, request.story)
-    if request.command == "run":
-        return retell_films(pipeline, film_ids)
+def _adopt_story(pipeline: Pipeline) -> str:
+    """The story of the newest generation."""
     story = pipeline.workspace.catalog.get_ref(NEWEST_STORY)
     artifact = pipeline.workspace.catalog.current("story", story) if story else None
     if artifact is None:
