@@ -21,7 +21,9 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 from tqdm import tqdm
 
 from flows.heartbeat import Heartbeat
@@ -79,8 +81,15 @@ def make_runner(workspace: Workspace, executor: Executor, run_id: str, watch: Wa
 
 
 def gpu_slot(spec: StageSpec) -> AbstractContextManager[None]:
-    """Holds a slot of the limit `gpu` while a stage that asks for accelerators runs."""
-    return concurrency(GPU_LIMIT, occupy=1) if spec.gpus else nullcontext()
+    """Holds a slot of the limit `gpu`, where the server has such a limit, while a stage on accelerators runs."""
+    if spec.gpus:
+        try:
+            with get_client(sync_client=True) as client:
+                client.read_global_concurrency_limit_by_name(GPU_LIMIT)
+        except ObjectNotFound:
+            return nullcontext()
+        return concurrency(GPU_LIMIT, occupy=1)
+    return nullcontext()
 
 
 class StageProgress:
