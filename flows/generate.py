@@ -13,6 +13,7 @@ from stages import animate, dream, evaluate, render
 from stages.errors import StoryError
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, read_rows
 
+GENERATE_STAGES = (dream.SPEC, render.SPEC, animate.SPEC, evaluate.SPEC)
 NEWEST_STORY = "story/newest"
 RETOLD = "retold"
 
@@ -129,7 +130,7 @@ def _keep_files(pipeline: Pipeline, kind: str, subject: str, named: Sequence[tup
 def make_movie(pipeline: Pipeline, story: str, snapshot: str) -> None:
     """Dream, render, animate and evaluate a story with the models of a snapshot."""
     catalog = pipeline.workspace.catalog
-    for spec in (dream.SPEC, render.SPEC, animate.SPEC, evaluate.SPEC):
+    for spec in GENERATE_STAGES:
         inputs = {kind: _inputs(pipeline, kind, story, snapshot) for kind in spec.inputs}
         if all(inputs.values()):
             optional = {"references": _inputs(pipeline, "references", story, snapshot)} if spec is dream.SPEC else {}

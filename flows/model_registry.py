@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.pipeline import Pipeline
-from flows.train import adopt_snapshot
+from flows.train import TRAIN_STAGES, adopt_snapshot
 from flows.workspace import Workspace
-from stages import score, tokenize, train_autoencoder, train_autoregressive, train_renderer
+from stages import score, tokenize
 from stages.errors import MissingInputError, UsageError
 from storage.artifacts import Artifact, digest_json
 
-KINDS = tuple(
-    spec.output for spec in (train_autoencoder.SPEC, tokenize.SPEC, train_renderer.SPEC, train_autoregressive.SPEC)
-)
+KINDS = tuple(spec.output for spec in TRAIN_STAGES)
 CHAMPION, PREVIOUS = "model/champion", "model/previous"
 PREFIX = "model-"
 

@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from flows.generate import GENERATE_STAGES
 from flows.ingest import FILM_STAGES
 from flows.pipeline import Pipeline
+from flows.plan import STAGES
 from flows.profile import Profile
 from flows.train import TRAIN_STAGES
 from flows.workspace import Workspace
-from stages import animate, dream, evaluate, render, shards
+from stages import score
 from stages.engine import Engine, InlineExecutor
 from stages.errors import UsageError
 from stages.spec import StageSpec
@@ -19,7 +21,7 @@ from stages.worker import Unit, Worker, WorkerSettings
 from storage.artifacts import read_rows
 from storage.objects import ObjectStore, StoredFile
 
-ALL_STAGES = (*FILM_STAGES, shards.SPEC, *TRAIN_STAGES, dream.SPEC, render.SPEC, animate.SPEC, evaluate.SPEC)
+ALL_STAGES = (*STAGES, *TRAIN_STAGES, score.SPEC, *GENERATE_STAGES)
 
 
 def replay(workspace: Workspace, profile: Profile, name: str, out: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def find_new_films(workspace: Workspace, place: str, settle_s: float) -> list[st
         settle_s: A local file that was written more recently than this is still being copied, and is left for later.
 
     Returns:
-        Their ids, sorted. None while an ingestion is in progress: it may be at work on them.
+        Their ids, sorted; none of them while an ingestion is in progress, which may be at work on them.
 
     Raises:
         UsageError: There is no such place.

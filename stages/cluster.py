@@ -186,14 +186,13 @@ class RayExecutor:
             return self._take_back(spec, out, f"killed its worker: {_last_line(error)}")
 
     def _find_late(self, spec: StageSpec, running: dict[Any, "_HandedOut"], ready: Sequence[Any]) -> list[Any]:
-        def limit(config: StageConfig) -> float:
-            return config.time_limit_s or (ITEM_LIMIT_S if spec.schema is not None else math.inf)
-
         now = time.monotonic()
-        return [f for f, out in running.items() if f not in ready and now - out.since > limit(out.work.config)]
+        return [
+            f for f, out in running.items() if f not in ready and now - out.since > _time_limit(spec, out.work.config)
+        ]
 
     def _stop(self, spec: StageSpec, out: "_HandedOut") -> UnitResult | None:
-        limit = out.work.config.time_limit_s or ITEM_LIMIT_S
+        limit = _time_limit(spec, out.work.config)
         return self._take_back(spec, out, f"took longer than its time limit ({spec.name}.time_limit_s={limit:g})")
 
     def _take_back(self, spec: StageSpec, out: "_HandedOut", why: str) -> UnitResult | None:
@@ -275,6 +274,11 @@ class _HandedOut:
     attempt: int
     token: str
     since: float
+
+
+def _time_limit(spec: StageSpec, config: StageConfig) -> float:
+    """Seconds that a unit may take."""
+    return config.time_limit_s or (ITEM_LIMIT_S if spec.schema is not None else math.inf)
 
 
 def _last_line(error: Exception) -> str:

@@ -189,9 +189,7 @@ class Catalog:
     def delete_artifacts(self, ids: Iterable[str]) -> None:
         """Forget artifacts and their edges; their objects stay."""
         with self._database.write() as connection:
-            for some in _chunks(list(ids)):
-                connection.execute(sa.delete(edge).where(edge.c.artifact_id.in_(some)))
-                connection.execute(sa.delete(artifact).where(artifact.c.id.in_(some)))
+            _delete_artifacts(connection, list(ids))
 
     def made_from(self, ids: Iterable[str]) -> list[str]:
         """Ids of the artifacts that have one of some artifacts as an input."""
@@ -220,10 +218,10 @@ class Catalog:
     def forget_subject(self, subject: str, ids: Iterable[str]) -> None:
         """Forget artifacts of a subject with all refs to them, and what its computations had reached."""
         with self._database.write() as connection:
-            for some in _chunks(list(ids)):
+            names = list(ids)
+            for some in _chunks(names):
                 connection.execute(sa.delete(ref).where(ref.c.target.in_(some)))
-                connection.execute(sa.delete(edge).where(edge.c.artifact_id.in_(some)))
-                connection.execute(sa.delete(artifact).where(artifact.c.id.in_(some)))
+            _delete_artifacts(connection, names)
             connection.execute(sa.delete(unit).where(unit.c.subject == subject))
 
     def totals(self) -> dict[str, dict[str, float]]:
@@ -403,6 +401,12 @@ def _chunks(names: list[str], size: int = 500) -> Iterator[list[str]]:
     """Parts short enough for one SQL statement."""
     for start in range(0, len(names), size):
         yield names[start : start + size]
+
+
+def _delete_artifacts(connection: sa.Connection, ids: list[str]) -> None:
+    for some in _chunks(ids):
+        connection.execute(sa.delete(edge).where(edge.c.artifact_id.in_(some)))
+        connection.execute(sa.delete(artifact).where(artifact.c.id.in_(some)))
 
 
 def _set_ref(connection: sa.Connection, name: str, target: str) -> None:

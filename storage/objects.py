@@ -158,15 +158,7 @@ class ObjectStore:
         if not path.is_file():
             if self._root is not None:
                 raise ObjectMissingError(_missing(stored, self.uri))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as stream:
-                temporary = Path(stream.name)
-                try:
-                    stream.writelines(self._read(stored))
-                except BaseException:
-                    temporary.unlink()
-                    raise
-            temporary.replace(path)
+            _write_whole(path, self._read(stored))
         return path
 
     def _local_path(self, stored: StoredFile) -> Path:
@@ -287,15 +279,25 @@ def download(url: str, folder: Path) -> Path:
         version = obstore.head(store, name)["e_tag"]
         path = folder / hashlib.sha256(f"{url} {version}".encode()).hexdigest() / Path(name).name
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as stream:
-                stream.writelines(bytes(chunk) for chunk in obstore.get(store, name).stream(min_chunk_size=CHUNK_BYTES))
-            Path(stream.name).replace(path)
+            _write_whole(path, map(bytes, obstore.get(store, name).stream(min_chunk_size=CHUNK_BYTES)))
     except (NotFoundError, FileNotFoundError) as error:
         raise ObjectMissingError(f"{url} does not exist: correct the URL and run again") from error
     except (BaseError, ValueError) as error:
         raise StoreUnavailableError(f"cannot fetch {url}: {_first_line(error)}; check the URL and the keys") from error
     return path
+
+
+def _write_whole(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file that is there with all its bytes or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as stream:
+        temporary = Path(stream.name)
+        try:
+            stream.writelines(chunks)
+        except BaseException:
+            temporary.unlink()
+            raise
+    temporary.replace(path)
 
 
 def _missing(stored: StoredFile, uri: str) -> str:
