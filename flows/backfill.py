@@ -114,7 +114,7 @@ def finish(pipeline: Pipeline, request: BackfillRequest) -> str | None:
     """Pack the shards that the films touch, where shards are selected; returns the snapshot's name."""
     if shards.SPEC not in select_stages(request.select):
         return None
-    return pack_shards(pipeline, {row["film_id"]: row["split"] for row in pipeline.workspace.catalog.films()})
+    return pack_shards(pipeline)
 
 
 def judge_estimate(plan: Plan, seconds: float) -> dict[str, Any]:

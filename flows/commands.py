@@ -126,8 +126,7 @@ def _walk_films(pipeline: Pipeline, names: tuple[str, ...]) -> tuple[list[str], 
         except FilmError as error:
             pipeline.failed[source.film_id] = ("source", str(error))
     ingest_films(pipeline, films)
-    splits = {row["film_id"]: row["split"] for row in workspace.catalog.films()}
-    return [film.film_id for film in films], pack_shards(pipeline, splits)
+    return [film.film_id for film in films], pack_shards(pipeline)
 
 
 def _adopt_snapshot(pipeline: Pipeline, name: str | None) -> str:

@@ -50,16 +50,16 @@ def ingest_films(
         pipeline.step(spec, works, states if spec in stages else ())
 
 
-def pack_shards(pipeline: Pipeline, splits: dict[str, str | None]) -> str | None:
+def pack_shards(pipeline: Pipeline) -> str | None:
     """Deal all ingested films of the workspace to shards and name the snapshot; returns its name.
 
     A workspace holds many films, of which few changed: artifacts are loaded only for the shards that need packing.
 
     Args:
         pipeline: The walk, after `ingest_films`.
-        splits: Film id to split, for the workspace's films.
     """
     catalog, spec = pipeline.workspace.catalog, shards.SPEC
+    splits = {row["film_id"]: row["split"] for row in catalog.films()}
     members: dict[int, dict[str, dict[str, tuple[str, str]]]] = {}
     for film_id, parts in _find_whole_films(pipeline, sorted(splits)):
         members.setdefault(shard_of(film_id, pipeline.profile.shards.count), {})[film_id] = parts

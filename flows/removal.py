@@ -11,7 +11,7 @@ from flows.workspace import Workspace
 from stages import shards
 from stages.errors import UsageError
 from storage.catalog import current_ref
-from storage.garbage import refuse_active_runs
+from storage.garbage import listed_keys, refuse_active_runs
 
 OWN_KINDS = tuple(spec.output for spec in FILM_STAGES)
 
@@ -61,7 +61,7 @@ def plan_removal(workspace: Workspace, film_id: str) -> Removal:
         queue = [i for i in catalog.made_from(queue) if i not in seen]
         seen.update(queue)
     models = [a.id for i in sorted(seen - holding) if (a := catalog.artifact(i)) and a.kind in KINDS]
-    shared = {f.key for a in catalog.artifacts() if a.id not in ids for f in a.files} | catalog.unit_keys()
+    shared = listed_keys(catalog, besides=ids)
     size = sum({f.key: f.bytes for a in own for f in a.files if f.key not in shared}.values())
     names = [name for name in snapshots if name.startswith(CONTENT_PREFIX)]
     return Removal(film_id, sorted(current), names, models, sorted(ids), size)
@@ -78,15 +78,13 @@ def remove_film(pipeline: Pipeline, film_id: str) -> Removal:
     removal = plan_removal(workspace, film_id)
     refuse_active_runs(catalog, besides=pipeline.run_id)
     catalog.forget_film(film_id)
-    splits = {row["film_id"]: row["split"] for row in catalog.films()}
-    pack_shards(pipeline, splits)
+    pack_shards(pipeline)
     for name in removal.shards:
         if pipeline.get(shards.SPEC.output, name) is None and name not in pipeline.failed:
             catalog.delete_ref(current_ref(shards.SPEC.output, name))  # its last film is gone
-    if not splits:
+    if not catalog.films():
         catalog.delete_ref(NEWEST_SNAPSHOT)
     keys = {f.key for i in removal.artifacts if (a := catalog.artifact(i)) for f in a.files}
     catalog.forget_subject(film_id, removal.artifacts)
-    needed = {f.key for a in catalog.artifacts() for f in a.files} | catalog.unit_keys()
-    workspace.store.delete(sorted(keys - needed))
+    workspace.store.delete(sorted(keys - listed_keys(catalog)))
     return removal

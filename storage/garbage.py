@@ -1,6 +1,6 @@
 """Artifacts that no ref and no snapshot reaches, and objects that no artifact lists: found, and removed."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -87,8 +87,13 @@ def refuse_active_runs(catalog: Catalog, besides: str | None = None) -> None:
 
 def find_loose_objects(catalog: Catalog, store: ObjectStore) -> list[StoredObject]:
     """Objects that no artifact and no unfinished computation lists."""
-    known = _listed(catalog.artifacts()) | catalog.unit_keys()
+    known = listed_keys(catalog)
     return [entry for entry in store.objects() if entry.key not in known]
+
+
+def listed_keys(catalog: Catalog, besides: Collection[str] = ()) -> set[str]:
+    """Keys of the objects that artifacts, but for some, and unfinished computations list."""
+    return _listed(a for a in catalog.artifacts() if a.id not in besides) | catalog.unit_keys()
 
 
 def _listed(artifacts: Iterable[Artifact]) -> set[str]:

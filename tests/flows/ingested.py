@@ -58,7 +58,7 @@ def pack(workspace: Workspace, profile: Profile = PROFILE) -> None:
         taken.extend(works)
 
     pipeline.step = keep
-    pack_shards(pipeline, {row["film_id"]: row["split"] for row in workspace.catalog.films()})
+    pack_shards(pipeline)
     for work in taken:
         inputs = [a.id for found in work.inputs.values() for a in found]
         films = {"films": len(work.inputs["keyframes"])}

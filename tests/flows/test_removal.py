@@ -48,7 +48,7 @@ def small_tables(workspace, folder):
 
 def pack(workspace):
     pipeline = computing_pipeline(workspace, PROFILE)
-    pack_shards(pipeline, {row["film_id"]: row["split"] for row in workspace.catalog.films()})
+    pack_shards(pipeline)
     assert pipeline.failed == {}
     workspace.catalog.end_run(pipeline.run_id, "done", {})
     return {a.subject: a.digest for name in range(COUNT) if (a := current_shard(workspace, name))}
