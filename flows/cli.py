@@ -202,7 +202,7 @@ def _perform(
         first = plan.todo[0]
         click.echo(f"to do: {first.stage} of {first.subject} ({first.reason}) and what follows", err=True)
         require_weights(explained.profile)
-        operations = start_prefect(opened)
+        operations = start_prefect(opened, explained.profile)
         arguments = {key: str(value) for key, value in asked.items() if isinstance(value, Path | str)}
         arguments |= {key: [str(v) for v in value] for key, value in asked.items() if isinstance(value, tuple)}
         flow = getattr(operations, command)

@@ -81,7 +81,7 @@ def backfill(
     summary: dict[str, Any] = {"computed": {}, "reused_items": {}, "failed": [], "batches": []}
     if planned.batches or any(group.due and group.stage == "shards" for group in planned.plan.groups):
         require_weights(explained.profile)
-        operations = start_prefect(opened)
+        operations = start_prefect(opened, explained.profile)
         summary = operations.backfill(profile=profile, workspace=str(workspace), settings=list(settings), **asked)
     _print_backfill(summary, as_json)
     if summary["failed"]:

@@ -128,7 +128,7 @@ def remove(
     from flows.profile import ExplainedProfile
     from flows.removal import plan_removal
 
-    ExplainedProfile(profile, settings)
+    explained = ExplainedProfile(profile, settings)
     opened = find_workspace(workspace)
     found: dict[str, Any] = plan_removal(opened, film_id).as_dict()
     if not as_json:
@@ -136,7 +136,7 @@ def remove(
     if not dry_run:
         if not yes:
             click.confirm(f"remove {film_id}?", abort=True, err=True)
-        operations = start_prefect(opened)
+        operations = start_prefect(opened, explained.profile)
         found = operations.remove_film(film_id, profile=profile, workspace=str(workspace), settings=list(settings))
     if as_json:
         click.echo(json.dumps(found | {"removed": not dry_run}))

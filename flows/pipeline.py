@@ -124,6 +124,14 @@ class Pipeline:
         return Work(spec, settings, subject, inputs, weights, source)
 
 
+def start_cluster(profile: Profile) -> None:
+    """Start or join Ray, where the profile runs units on it, ahead of `open_executor`: it takes seconds."""
+    if profile.engine.executor == "ray":
+        from stages.cluster import start_ray
+
+        start_ray(profile.engine.ray_address, profile.engine.cpus)
+
+
 def open_executor(workspace: Workspace, profile: Profile) -> Executor:
     """Start what runs the units: call it in a flow's body, and `close` it there."""
     from stages.engine import InlineExecutor

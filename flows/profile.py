@@ -212,12 +212,11 @@ def require_weights(profile: Profile) -> None:
         raise WeightsError(f"weights are missing: run `moviedreamer weights pull {' '.join(missing)}`")
 
 
-def prepare_prefect(workspace: Path) -> bool:
+def prepare_prefect(workspace: Path) -> Path | None:
     """Set what Prefect needs before it is imported; a user's own settings win.
 
     Returns:
-        Whether a Prefect server is configured; without one, flows run against a temporary one whose database lies
-        in the workspace.
+        The folder of a temporary server's database, in the workspace; None where a server is configured.
     """
     has_server = bool(os.environ.get("PREFECT_API_URL")) or (Path.home() / ".prefect" / "profiles.toml").is_file()
     settings = {
@@ -226,17 +225,15 @@ def prepare_prefect(workspace: Path) -> bool:
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,stages",
         "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     }
     if not has_server:
-        home = workspace / "prefect"
-        home.mkdir(parents=True, exist_ok=True)
-        settings["PREFECT_HOME"] = str(home)
+        (workspace / "prefect").mkdir(parents=True, exist_ok=True)
+        settings["PREFECT_HOME"] = str(workspace / "prefect")
         settings["PREFECT_LOGGING_LEVEL"] = "WARNING"
         settings["PREFECT_CLIENT_MAX_RETRIES"] = "2"  # a temporary server that is gone does not come back
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    return has_server
+    return None if has_server else Path(os.environ["PREFECT_HOME"])

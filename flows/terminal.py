@@ -48,17 +48,24 @@ def find_workspace(workspace: Path) -> Any:
     return Workspace.open(workspace)
 
 
-def start_prefect(opened: Any) -> Any:
-    """Prefect's flows, with a server to report to; imported late, because settings have to be there before Prefect."""
+def start_prefect(opened: Any, profile: Any) -> Any:
+    """Prefect's flows, with a server to report to; imported late, because settings have to be there before Prefect.
+
+    A server of our own, Prefect's import and Ray take seconds each, and come up side by side.
+    """
+    from flows.pipeline import start_cluster
     from flows.profile import prepare_prefect
 
-    has_server = prepare_prefect(opened.folder)
-    from flows import operations
-
-    if not has_server:
+    server = None
+    if home := prepare_prefect(opened.folder):
         from flows.temporary_server import TemporaryServer
 
-        TemporaryServer().start()
+        server = TemporaryServer(home)
+    from flows import operations
+
+    start_cluster(profile)
+    if server:
+        server.wait()
     return operations
 
 

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stages.engine import UnitProgress, Work
@@ -78,17 +77,41 @@ class RemoteWorker:
         return self._worker.run(spec, config, unit, post, lambda: ray.get(self._board.holds.remote(token)))
 
 
+def start_ray(address: str | None, cpus: int | None) -> None:
+    """Join the cluster at `address`, or start a Ray on this machine; nothing where that was done before.
+
+    Args:
+        address: A cluster's `host:port`; None for a Ray of our own.
+        cpus: Cores for that; None takes what this process may use.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a busy desktop starves the workers
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Threads that spin while they wait for each other make a busy machine ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
+    if address:
+        ray.init(address=address, **quiet)
+        return
+    local = {"num_cpus": cpus or len(os.sched_getaffinity(0)), "object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(address="local", include_dashboard=False, **local, **quiet)
+
+
 class RayExecutor:
     """Runs units on Ray actors.
 
-    Starts a Ray of its own on this machine, or joins the cluster at `address`; `close` ends only what it started.
+    Starts a Ray of its own on this machine, or joins the cluster at `address`; `close` ends what was started here.
 
     Args:
         settings: For the workers.
         address: A cluster's `host:port`; None starts a local Ray.
         cpus: Cores for a local Ray; None takes what this process may use.
         max_concurrent: Most units at once; None takes what the cores allow.
-        temp_dir: Folder of a local Ray's sockets and logs; short, because socket paths are bounded.
     """
 
     def __init__(
@@ -97,25 +120,12 @@ class RayExecutor:
         address: str | None,
         cpus: int | None,
         max_concurrent: int | None = None,
-        temp_dir: Path | None = None,
     ) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15 a busy desktop starves the workers
-        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # Threads that spin while they wait for each other make a busy machine ten times slower.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self._ray, self._settings = ray, settings
-        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": False}
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            local = {"num_cpus": cpus or len(os.sched_getaffinity(0)), "object_store_memory": OBJECT_STORE_BYTES}
-            folder = {"_temp_dir": str(temp_dir)} if temp_dir else {}
-            ray.init(address="local", include_dashboard=False, **local, **folder, **quiet)
+        start_ray(address, cpus)
         self._total, self._max_concurrent = ray.cluster_resources(), max_concurrent
         beside = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=beside).remote()

@@ -10,6 +10,7 @@ MoviedreamerError           anything below; the command line prints its text and
 +-- StageError              a stage broke its own contract (a bug in the stage)
 +-- ComputationError        a stage could not produce its result from good inputs
 +-- FailureBudgetError      so many films failed that a run was stopped
++-- ServerError             the Prefect server that a command started for itself is gone
 
 Storage has its own small tree in `storage/errors.py`, because storage knows nothing of stages.
 Each message says what went wrong, the offending value, what was expected and what to do.
@@ -54,3 +55,7 @@ class ComputationError(MoviedreamerError):
 
 class FailureBudgetError(MoviedreamerError):
     """So many films failed that going on would only fail more of them."""
+
+
+class ServerError(MoviedreamerError):
+    """The Prefect server of this command did not come up, or ended."""

@@ -1,9 +1,10 @@
 """Kills processes of an ingestion at random moments and resumes it, until it is through; then compares with one that
 nobody disturbed.
 
-    python -m tests.faults.kills FILM... [--kills 100] [--seed 0] [--every-n-frames 30]
+    python -m tests.faults.kills FILM... [--kills 100] [--seed 0] [--every-n-frames 30] [--remote]
 
-Victims, in turn: the command itself, the raylet, Prefect's temporary server, a Ray worker. The last line is one JSON
+Victims, in turn: the command itself, the raylet, Prefect's temporary server, a Ray worker. With `--remote` the catalog
+is on a Postgres server and the objects in a bucket of an S3 server, both started here. The last line is one JSON
 object. Exit code 1 where the artifacts or their digests differ, or anything is listed without its bytes.
 """
 
@@ -16,13 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from tests.servers import run_postgres, run_s3
 
 VICTIMS = {
     "command": "flows.cli",
     "raylet": "raylet/raylet",
-    "server": "prefect.server.api.server",
+    "server": "prefect.server.api.server:create_app",
     "worker": "ray::RemoteWorker",
 }
 LONGEST_DELAY_S = 15.0
@@ -31,11 +38,12 @@ LONGEST_DELAY_S = 15.0
 class Ingestion:
     """The command, started again and again on one workspace."""
 
-    def __init__(self, films: list[str], workspace: Path, settings: list[str]) -> None:
+    def __init__(self, films: list[str], workspace: Path, settings: list[str], places: dict[str, str]) -> None:
         self._call = [sys.executable, "-m", "flows.cli", "ingest", *films, "--workspace", str(workspace)]
         self._call += [word for setting in settings for word in ("--set", setting)]
         self._workspace = workspace
-        workspace.parent.mkdir(parents=True, exist_ok=True)
+        workspace.mkdir(parents=True)
+        (workspace / "workspace.yaml").write_text(yaml.safe_dump(places))
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start it in a session of its own."""
@@ -117,14 +125,32 @@ def compare(calm: Ingestion, wild: Ingestion) -> dict[str, Any]:
     }
 
 
-def measure(films: list[str], kills: int, seed: int, settings: list[str]) -> dict[str, Any]:
+Places = Callable[[str], dict[str, str]]
+"""What the `workspace.yaml` of a workspace of some name says."""
+
+
+@contextmanager
+def remote_places() -> Iterator[Places]:
+    """A database and a prefix of a bucket for each workspace, on servers that end with the block."""
+    with run_postgres() as postgres, run_s3() as variables:
+        os.environ.update(variables)
+        yield lambda name: {
+            "catalog": f"postgresql+psycopg:{postgres.new_database()}",
+            "objects": f"s3://films/{name}",
+        }
+
+
+def measure(
+    films: list[str], kills: int, seed: int, settings: list[str], places: Places = lambda name: {}
+) -> dict[str, Any]:
     """Ingest once undisturbed, and disturbed again and again until there were enough kills; compare each time."""
     draw, done, rounds = random.Random(seed), dict.fromkeys(VICTIMS, 0), []
     with tempfile.TemporaryDirectory() as folder:
-        calm = Ingestion(films, Path(folder) / "calm" / "workspace", settings)
+        calm = Ingestion(films, Path(folder) / "calm" / "workspace", settings, places("calm"))
         calm_code = calm.finish()
         while sum(done.values()) < kills:
-            wild = Ingestion(films, Path(folder) / f"wild-{len(rounds)}" / "workspace", settings)
+            name = f"wild-{len(rounds)}"
+            wild = Ingestion(films, Path(folder) / name / "workspace", settings, places(name))
             disturb(wild, kills, draw, done)
             rounds.append({"exit_codes": [calm_code, wild.finish()]} | compare(calm, wild))
             print(f"ingestion {len(rounds)}: {json.dumps(rounds[-1])}", file=sys.stderr)
@@ -138,9 +164,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every-n-frames", type=int, default=30)
+    parser.add_argument("--remote", action="store_true")
     call = parser.parse_args()
     films = [str(Path(film).absolute()) for film in call.films]
-    result = measure(films, call.kills, call.seed, [f"keyframes.every_n_frames={call.every_n_frames}"])
+    settings = [f"keyframes.every_n_frames={call.every_n_frames}"]
+    with remote_places() if call.remote else nullcontext(lambda name: {}) as places:
+        result = measure(films, call.kills, call.seed, settings, places)
     print(json.dumps(result))
     sys.exit(0 if all(found["identical"] and not found["problems"] for found in result["rounds"]) else 1)
 
