@@ -64,14 +64,17 @@ class Database:
                 + ("" if self._local else "that PGPASSWORD or ~/.pgpass holds the password")
             ) from error
 
-    def _absent(self) -> list[sa.Column]:
-        """Columns that the database lacks: all of a new one, and those that came after it was made."""
+    def _absent(self) -> list[sa.Column | sa.Index]:
+        """Columns and indexes that the database lacks: all of a new one, and those that came after it was made."""
         inspector = sa.inspect(self._engine)
         tables = set(inspector.get_table_names())
-        absent = []
+        absent: list[sa.Column | sa.Index] = []
         for table in metadata.sorted_tables:
-            known = {c["name"] for c in inspector.get_columns(table.name)} if table.name in tables else set()
-            absent += [column for column in table.columns if column.name not in known]
+            known: set[str | None] = set()
+            if table.name in tables:
+                known = {c["name"] for c in inspector.get_columns(table.name)}
+                known |= {index["name"] for index in inspector.get_indexes(table.name)}
+            absent += [part for part in (*table.columns, *table.indexes) if part.name not in known]
         return absent
 
     def _make_tables(self) -> None:
@@ -81,10 +84,12 @@ class Database:
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(TABLES_LOCK)))
             absent = self._absent()
             metadata.create_all(connection)
-            for column in absent:
-                if column.name not in {c["name"] for c in sa.inspect(connection).get_columns(column.table.name)}:
-                    kind = column.type.compile(self._engine.dialect)
-                    connection.execute(sa.text(f"ALTER TABLE {column.table.name} ADD COLUMN {column.name} {kind}"))
+            for part in absent:
+                if isinstance(part, sa.Index):
+                    part.create(connection, checkfirst=True)
+                elif part.name not in {c["name"] for c in sa.inspect(connection).get_columns(part.table.name)}:
+                    kind = part.type.compile(self._engine.dialect)
+                    connection.execute(sa.text(f"ALTER TABLE {part.table.name} ADD COLUMN {part.name} {kind}"))
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:

@@ -71,16 +71,18 @@ def test_a_url_that_means_nothing_is_named(url):
         Catalog(url)
 
 
-def test_a_catalog_of_an_earlier_version_gets_its_new_columns(tmp_path):
+def test_a_catalog_of_an_earlier_version_gets_its_new_columns_and_indexes(tmp_path):
     path = tmp_path / "catalog.sqlite"
     Catalog(f"sqlite:///{path}").close()
     with sqlite3.connect(path) as connection:
         connection.execute("ALTER TABLE run DROP COLUMN progress")
-    connection.close()
+        connection.execute("DROP INDEX artifact_outline")
     catalog = Catalog(f"sqlite:///{path}")
     assert catalog.start_run("ingest")
     assert catalog.active_runs()[0]["progress"] is None
     catalog.close()
+    assert connection.execute("SELECT name FROM sqlite_master WHERE name = 'artifact_outline'").fetchone()
+    connection.close()
 
 
 @pytest.fixture
