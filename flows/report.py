@@ -63,6 +63,8 @@ class Film:
         keyframe_count: Keyframes in all.
         rejects: Stage to reason to count of items left out.
         error: Why the film failed, if it did.
+        sentences: Of its scripts, all together.
+        untraced: Of them, those that no caption bears out.
     """
 
     film_id: str
@@ -72,6 +74,8 @@ class Film:
     keyframe_count: int = 0
     rejects: dict[str, dict[str, int]] = field(default_factory=dict)
     error: str | None = None
+    sentences: int = 0
+    untraced: int = 0
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,10 @@ class FilmView:
             if (artifact := self.artifact(kind)) and any(reason != "ok" for reason in artifact.counts)
         }
         duration_s = keyframes[-1]["time_s"] if keyframes else None
-        return Film(self.film_id, self.uri, duration_s, sheet, len(keyframes), rejects)
+        scripts = list(self._rows("scripts"))
+        sentences, untraced = sum(len(r["captions"]) for r in scripts), sum(r["untraced"] for r in scripts)
+        told = {"sentences": sentences, "untraced": untraced}
+        return Film(self.film_id, self.uri, duration_s, sheet, len(keyframes), rejects, **told)
 
     def characters(self) -> list[Character]:
         """The film's characters, by screen time."""

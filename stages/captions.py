@@ -1,30 +1,59 @@
 """Captions: sentences about each keyframe and about each person in it, one fact a sentence.
 
-The paper asks a vision-language model for them (appendix B, figure 14). `rules` writes them from what was measured:
-shot scale, count and place of people, direction of faces, light, colours of scene and clothing, motion. It names
-nothing else, and the same measurements always give the same sentences.
+The paper asks a vision-language model for them (appendix B, figure 14), for the keyframe and for each person cut out
+of it: that is `vlm`. `rules` writes them from what was measured: shot scale, count and place of people, direction of
+faces, light, colours of scene and clothing, motion. It names nothing else, and the same measurements always give the
+same sentences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from stages.spec import Fail, Ok, Outcome, Row, StageConfig, StageSpec
+from stages.chat import ChatConfig, load_prompts, open_chat_model
+from stages.errors import ComputationError
+from stages.spec import Fail, Ok, Outcome, Row, StageSpec, neutral
 
 if TYPE_CHECKING:
+    from models.chat_captioner import Caption
     from models.scene import Face, Person
 
+PROMPTS = ("system", "keyframe", "person", "repair")
 
-class CaptionsConfig(StageConfig):
+
+class CaptionsConfig(ChatConfig):
     """Settings of the captions."""
 
-    captioner: Literal["rules"] = Field("rules", description="What writes the sentences: rules over measurements.")
+    captioner: Literal["rules", "vlm"] = Field(
+        "rules", description="What writes the sentences: rules over measurements, or a vision-language model."
+    )
     max_sentences: int = Field(12, ge=1, le=15, description="Sentences of a keyframe, the most telling first.")
     max_person_sentences: int = Field(6, ge=1, le=15, description="Sentences of a person, the most telling first.")
+    pictures_per_request: int = Field(1, ge=1, description="Pictures that the model is asked about at once.")
+    sentinels: int = neutral(
+        1,
+        "plain pictures among those of a unit, whose colour the model has to name, or nothing of the unit is kept",
+        ge=0,
+    )
+
+    def asks_model(self) -> bool:
+        """Rules need none."""
+        return self.captioner == "vlm"
+
+    def prompt_names(self) -> tuple[str, ...]:
+        """For keyframes and for persons."""
+        return PROMPTS
+
+    def recipe(self) -> dict[str, Any]:
+        """What a model is asked about at once says nothing of rules."""
+        values = super().recipe()
+        if not self.asks_model():
+            del values["pictures_per_request"]
+        return values
 
 
 SPEC = StageSpec(
@@ -53,11 +82,94 @@ class Captions:
 
     def __init__(self, config: CaptionsConfig, weights_dir: Path | None = None) -> None:
         self.config = config
+        self._model = open_chat_model(config) if config.asks_model() else None
 
     def __call__(
         self, *, keyframes: list[Row], people: list[Row], faces: list[Row], identities: list[Row]
     ) -> Iterator[Outcome]:
-        """Yield one outcome for each keyframe, also for those without people."""
+        """Yield one outcome for each keyframe, also for those without people.
+
+        Raises:
+            ComputationError: Answers of a model stand beside the wrong pictures.
+            ChatError: The model answers nothing.
+        """
+        if self.config.asks_model():
+            return self._ask(keyframes, people, faces, identities)
+        return self._measure(keyframes, people, faces, identities)
+
+    def _ask(
+        self, keyframes: list[Row], people: list[Row], faces: list[Row], identities: list[Row]
+    ) -> Iterator[Outcome]:
+        """All pictures of the unit go to the model together; a keyframe fails where one of its pictures did."""
+        from models.chat_captioner import AlignmentError, Prompts, Subject, caption_pictures
+
+        config, people_of = self.config, _group(people)
+        words = load_prompts(config.prompts, PROMPTS)
+        frames, persons, broken = self._cut(keyframes, people_of)
+        captions: dict[str, Caption] = {}
+        for subjects, question, limit in (
+            (frames, words["keyframe"], config.max_sentences),
+            (persons, words["person"], config.max_person_sentences),
+        ):
+            prompts = Prompts(words["system"], question, words["repair"])
+            asked = [Subject(key, jpeg) for key, jpeg in subjects.items()]
+            options = (config.pictures_per_request, config.sentinels, config.max_tokens)
+            try:
+                captions |= caption_pictures(self._model, asked, prompts, limit, *options)
+            except AlignmentError as error:
+                raise ComputationError(f"captions of {keyframes[0]['film_id']}: {error}") from None
+        faces_of, identities_of = _group(faces), _group(identities)
+        for keyframe in keyframes:
+            item, frame = SPEC.item_of(keyframe), keyframe["frame_index"]
+            characters = choose_characters(faces_of.get(frame, []), identities_of.get(frame, []))
+            yield self._outcome(keyframe, people_of.get(frame, []), characters, captions, broken.get(item))
+
+    def _cut(
+        self, keyframes: list[Row], people_of: dict[int, list[Row]]
+    ) -> tuple[dict[str, bytes], dict[str, bytes], dict[str, str]]:
+        """Key to JPEG of the keyframes and of the persons in them; item to error of keyframes that cannot be read."""
+        from models.chat_captioner import cut_out, encode_jpeg
+
+        frames, persons, broken = {}, {}, {}
+        for keyframe in keyframes:
+            item = SPEC.item_of(keyframe)
+            try:
+                image = _decode(keyframe["jpeg"], "picture", color=True)
+                for row in people_of.get(keyframe["frame_index"], []):
+                    mask = row["mask_png"] and _decode(row["mask_png"], "mask", color=False)
+                    persons[_person_key(item, row)] = encode_jpeg(cut_out(image, row, mask))
+                frames[item] = keyframe["jpeg"]
+            except ValueError as error:
+                broken[item] = str(error)
+        return frames, persons, broken
+
+    def _outcome(
+        self,
+        keyframe: Row,
+        people: list[Row],
+        characters: dict[int, int],
+        captions: "dict[str, Caption]",
+        broken: str | None,
+    ) -> Outcome:
+        item = SPEC.item_of(keyframe)
+        place = f"film {keyframe['film_id']}, keyframe {item}"
+        if broken:
+            return Fail(item, f"{place}: {broken}")
+        keys = [item, *(_person_key(item, row) for row in people)]
+        if failed := next((key for key in keys if captions[key].error), None):
+            return Fail(item, f"{place}, picture {failed}: {captions[failed].error}", captions[failed].retryable)
+        shared = {"film_id": keyframe["film_id"], "frame_index": keyframe["frame_index"]}
+        shared["captioner"] = f"vlm {Path(str(self.config.model)).name}"
+        rows = [shared | _about("keyframe", None, None, captions[item].sentences)]
+        for row in people:
+            index = row["person_index"]
+            sentences = captions[_person_key(item, row)].sentences
+            rows.append(shared | _about("person", index, characters.get(index), sentences))
+        return Ok(item, rows)
+
+    def _measure(
+        self, keyframes: list[Row], people: list[Row], faces: list[Row], identities: list[Row]
+    ) -> Iterator[Outcome]:
         people_of, faces_of, identities_of = (_group(rows) for rows in (people, faces, identities))
         for keyframe in keyframes:
             item, frame = SPEC.item_of(keyframe), keyframe["frame_index"]
@@ -82,19 +194,21 @@ class Captions:
         shared = {"film_id": keyframe["film_id"], "frame_index": keyframe["frame_index"], "captioner": CAPTIONER}
         limit = self.config.max_sentences
         sentences = caption_keyframe(scene, persons, keyframe["motion"], limit, other_faces)
-        rows = [shared | {"target": "keyframe", "person_index": None, "character_index": None, "sentences": sentences}]
+        rows = [shared | _about("keyframe", None, None, sentences)]
         for row, person in zip(people, persons, strict=True):
             index = row["person_index"]
-            rows.append(
-                shared
-                | {
-                    "target": "person",
-                    "person_index": index,
-                    "character_index": characters.get(index),
-                    "sentences": caption_person(image, scene, person, self.config.max_person_sentences),
-                }
-            )
+            sentences = caption_person(image, scene, person, self.config.max_person_sentences)
+            rows.append(shared | _about("person", index, characters.get(index), sentences))
         return rows
+
+
+def _about(target: str, person_index: int | None, character_index: int | None, sentences: Sequence[str]) -> Row:
+    about = {"target": target, "person_index": person_index, "character_index": character_index}
+    return about | {"sentences": list(sentences)}
+
+
+def _person_key(item: str, person: Row) -> str:
+    return f"{item}-{person['person_index']}"
 
 
 def choose_characters(faces: list[Row], identities: list[Row]) -> dict[int, int]:

@@ -85,7 +85,19 @@ def make_data(**changes) -> ReportData:
     keyframe = Keyframe(make_jpeg(), 30, 1.25, 2, [Box(4, 5, 30, 35, "0.91")], [Box(10, 8, 20, 18)])
     parts = {
         "title": "A test",
-        "films": [Film("bikes", "/films/bikes.mp4", 125.0, [keyframe], 1, {"people": {"no_person": 3}})],
+        "films": [
+            Film(
+                "bikes",
+                "/films/bikes.mp4",
+                125.0,
+                [keyframe],
+                1,
+                {"people": {"no_person": 3}},
+                None,
+                sentences=40,
+                untraced=3,
+            )  # fmt: skip
+        ],
         "characters": [Character("bikes", "Person 1", 7, [make_jpeg(150, 150)])],
         "scripts": [ScriptedKeyframe("bikes", 30, make_jpeg(), SCRIPT)],
         "reconstructions": [Reconstruction(make_jpeg(), make_jpeg(seed=1), "bikes frame 30")],
@@ -115,6 +127,10 @@ def make_data(**changes) -> ReportData:
         "facts": {"profile": "embedded"},
     }
     return ReportData(**{**parts, **changes})
+
+
+def test_sentences_of_scripts_that_no_caption_bears_out_are_counted():
+    assert "40 sentences in its scripts, 3 of them in no caption" in render_page(make_data())
 
 
 def test_page_is_balanced_and_loads_nothing_from_outside():

@@ -143,7 +143,7 @@ def test_the_stage_writes_one_script_a_keyframe() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"max_sentences": 4}, {"max_sentences": 16}, {"max_characters": 6}, {"fuser": "llm"}]
+    "changes", [{"max_sentences": 4}, {"max_sentences": 16}, {"max_characters": 6}, {"fuser": "other"}]
 )
 def test_settings_outside_of_their_range_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(changes))):

@@ -1,0 +1,248 @@
+"""Captions by a chat model that sees pictures, and the checks that each caption belongs to its own picture.
+
+Three things keep an answer with its picture. Each picture has an id of random letters, which the answer has to name,
+so that answers that were exchanged on their way are found. Among the pictures are plain ones whose colour the answer
+has to name, so that a model that mixes up its pictures is found. And the key of a kept answer holds all that was asked.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from models.chat import ChatAnswer, ChatModel, ChatRequest
+
+SENTINEL_COLORS = {
+    "red": (200, 20, 20),
+    "green": (20, 160, 40),
+    "blue": (20, 40, 200),
+    "yellow": (240, 220, 20),
+    "white": (250, 250, 250),
+    "black": (5, 5, 5),
+}
+"""Colour word to RGB of the plain pictures."""
+SENTINEL_PX = 224
+JPEG_QUALITY = 90
+GREY = 127
+
+
+class AlignmentError(Exception):
+    """Answers do not belong to the pictures that were asked about."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A picture to be captioned.
+
+    Attributes:
+        key: What it is called outside.
+        jpeg: The picture.
+    """
+
+    key: str
+    jpeg: bytes
+
+    @property
+    def picture_id(self) -> str:
+        """The id under which the model answers: eight letters that nothing else tells."""
+        digest = hashlib.sha256(self.key.encode() + self.jpeg).digest()
+        return "".join(chr(ord("a") + byte % 26) for byte in digest[:8])
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The words around the pictures.
+
+    Attributes:
+        system: Holds for all.
+        question: With `{count}`, `{ids}` and `{sentences}`.
+        repair: With `{question}`, `{answer}` and `{problem}`.
+    """
+
+    system: str
+    question: str
+    repair: str
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What the model says of one picture, or why it says nothing."""
+
+    sentences: tuple[str, ...] = ()
+    error: str = ""
+    retryable: bool = False
+
+
+def caption_pictures(
+    model: ChatModel,
+    subjects: Sequence[Subject],
+    prompts: Prompts,
+    max_sentences: int,
+    pictures_per_request: int = 1,
+    sentinels: int = 0,
+    max_tokens: int = 1024,
+) -> dict[str, Caption]:
+    """Caption pictures.
+
+    An answer that cannot be used is asked for once more, with what is wrong with it.
+
+    Args:
+        model: Answers.
+        subjects: The pictures; their keys differ.
+        prompts: What is asked.
+        max_sentences: Of one picture; what is beyond is cut off.
+        pictures_per_request: Pictures in one question.
+        sentinels: Plain pictures that are asked about among the others.
+        max_tokens: Longest answer, a picture.
+
+    Returns:
+        Key to caption, for each subject.
+
+    Raises:
+        AlignmentError: A plain picture was described as something else.
+        ChatError: No request can be answered.
+    """
+    if not subjects:
+        return {}
+    plain = [_make_sentinel(subjects, index) for index in range(sentinels)]
+    mixed = _mix([*subjects], [subject for subject, _ in plain])
+    groups = [mixed[start : start + pictures_per_request] for start in range(0, len(mixed), pictures_per_request)]
+    requests = [_ask_about(group, index, prompts, max_sentences, max_tokens) for index, group in enumerate(groups)]
+    found: dict[str, Caption] = {}
+    again: list[tuple[list[Subject], ChatRequest]] = []
+    for group, request, answer in zip(groups, requests, model.ask(requests), strict=True):
+        try:
+            found |= _read(group, answer, max_sentences)
+        except ValueError as problem:
+            text = prompts.repair.format(question=request.text, answer=answer.text, problem=problem)
+            again.append((group, ChatRequest(**{**vars(request), "text": text})))
+    for (group, request), answer in zip(again, model.ask([request for _, request in again]), strict=True):
+        try:
+            found |= _read(group, answer, max_sentences)
+        except ValueError as problem:
+            failed = Caption(error=f"request {request.key}: the model answered twice what cannot be used: {problem}")
+            found |= {subject.key: failed for subject in group}
+    for subject, color in plain:
+        _check_sentinel(found.pop(subject.key), color)
+    return found
+
+
+def _ask_about(
+    group: Sequence[Subject], index: int, prompts: Prompts, max_sentences: int, max_tokens: int
+) -> ChatRequest:
+    ids = [subject.picture_id for subject in group]
+    text = prompts.question.format(count=len(ids), ids=", ".join(ids), sentences=max_sentences)
+    sentences = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": max_sentences}
+    schema = {
+        "type": "object",
+        "properties": dict.fromkeys(ids, sentences),
+        "required": ids,
+        "additionalProperties": False,
+    }
+    pictures = tuple(subject.jpeg for subject in group)
+    return ChatRequest(str(index), text, prompts.system, pictures, schema, max_tokens * len(group))
+
+
+def _read(group: Sequence[Subject], answer: ChatAnswer, max_sentences: int) -> dict[str, Caption]:
+    """The captions in an answer.
+
+    Raises:
+        ValueError: It cannot be used; says why.
+    """
+    if answer.text is None:
+        return {subject.key: Caption(error=answer.error, retryable=answer.retryable) for subject in group}
+    values = parse_json_object(answer.text)
+    asked, answered = [subject.picture_id for subject in group], list(values)
+    if sorted(asked) != sorted(answered):
+        raise ValueError(f"it tells of the pictures {', '.join(answered) or 'none'}, asked were {', '.join(asked)}")
+    return {s.key: Caption(_read_sentences(s.picture_id, values[s.picture_id], max_sentences)) for s in group}
+
+
+def _read_sentences(picture_id: str, value: Any, max_sentences: int) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(sentence, str) for sentence in value):
+        raise ValueError(f"under {picture_id} is no list of sentences: {json.dumps(value)[:100]}")
+    sentences = [" ".join(sentence.split()) for sentence in value]
+    sentences = list(dict.fromkeys(sentence for sentence in sentences if sentence))
+    if not sentences:
+        raise ValueError(f"it says nothing of {picture_id}")
+    return tuple(sentences[:max_sentences])
+
+
+def parse_json_object(text: str) -> dict[str, Any]:
+    """The one JSON object in an answer, which some models wrap in a fenced block.
+
+    Raises:
+        ValueError: There is none; says why.
+    """
+    start, end = text.find("{"), text.rfind("}")
+    try:
+        value = json.loads(text[start : end + 1] if 0 <= start < end else text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it is a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _make_sentinel(subjects: Sequence[Subject], index: int) -> tuple[Subject, str]:
+    """A plain picture, whose colour depends on the pictures around it."""
+    digest = hashlib.sha256("".join(subject.picture_id for subject in subjects).encode() + bytes([index])).digest()
+    color = list(SENTINEL_COLORS)[digest[0] % len(SENTINEL_COLORS)]
+    image = np.full((SENTINEL_PX, SENTINEL_PX, 3), SENTINEL_COLORS[color], np.uint8)
+    return Subject(f"sentinel-{index}-{digest.hex()[:8]}", encode_jpeg(image)), color
+
+
+def _mix(subjects: list[Subject], plain: Sequence[Subject]) -> list[Subject]:
+    """Plain pictures among the others, evenly, never first."""
+    mixed = subjects
+    for index, subject in enumerate(plain):
+        place = max(1, (index + 1) * len(subjects) // (len(plain) + 1) + index)
+        mixed = [*mixed[:place], subject, *mixed[place:]]
+    return mixed
+
+
+def _check_sentinel(caption: Caption, color: str) -> None:
+    if caption.error:
+        return  # it was not answered, and says nothing about the others
+    said = " ".join(caption.sentences)
+    if color not in said.lower():
+        raise AlignmentError(
+            f"a picture that is all {color} was described as {said[:200]!r}: answers may stand beside the wrong "
+            "pictures, none is kept; check the endpoint and the model, or set sentinels=0 for a model that is too weak"
+        )
+
+
+def cut_out(
+    image: UInt8[np.ndarray, "height width 3"],
+    box: Mapping[str, float],
+    mask: UInt8[np.ndarray, "rows columns"] | None,
+) -> UInt8[np.ndarray, "rows columns 3"]:
+    """A person's part of a picture, grey where the mask says that it is something else.
+
+    Args:
+        image: RGB.
+        box: `x0`, `y0`, `x1`, `y1` in pixels.
+        mask: 0..255, the size of the box rounded out to whole pixels; None keeps the background.
+    """
+    height, width = image.shape[:2]
+    left, top = int(np.floor(box["x0"])), int(np.floor(box["y0"]))
+    right, bottom = int(np.ceil(box["x1"])), int(np.ceil(box["y1"]))
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+    part = image[y0:y1, x0:x1]
+    if mask is None:
+        return part
+    weight = mask[y0 - top : y1 - top, x0 - left : x1 - left, None].astype(np.float32) / 255
+    return np.round(weight * part + (1 - weight) * GREY).astype(np.uint8)
+
+
+def encode_jpeg(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """An RGB picture as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "jpeg", quality=JPEG_QUALITY)
+    return buffer.getvalue()
