@@ -31,7 +31,7 @@ class ChatConfig(StageConfig):
     api_key_variable: str = neutral(
         "OPENAI_API_KEY", "environment variable of the workers that holds the endpoint's key"
     )
-    concurrency: int = neutral(16, "requests to the endpoint at once, a worker", ge=1)
+    concurrency: int = neutral(16, "requests at once, a worker: to the endpoint, or in a batch of a local model", ge=1)
     request_timeout_s: float = neutral(120.0, "longest wait for one answer", gt=0)
     attempts: int = neutral(6, "how often a request is sent before it is given up", ge=1)
     daily_tokens: int | None = neutral(None, "most tokens a day (UTC), over the workers of a host; none for any", ge=1)
@@ -86,7 +86,7 @@ def open_chat_model(config: ChatConfig) -> "ChatModel":
     if config.endpoint_url is None:
         from models.vision_language import LocalChatModel
 
-        return LocalChatModel(Path(name).expanduser())
+        return LocalChatModel(Path(name).expanduser(), config.concurrency)
     from models.answers import AnswerBook
     from models.chat_endpoint import Endpoint, EndpointModel
 

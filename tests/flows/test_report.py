@@ -96,7 +96,7 @@ def make_data(**changes) -> ReportData:
                 None,
                 sentences=40,
                 untraced=3,
-            )  # fmt: skip
+            )
         ],
         "characters": [Character("bikes", "Person 1", 7, [make_jpeg(150, 150)])],
         "scripts": [ScriptedKeyframe("bikes", 30, make_jpeg(), SCRIPT)],

@@ -19,6 +19,7 @@ from stages.scripts import Scripts, ScriptsConfig
 from stages.spec import Fail, Ok, Row
 from tests.chat_server import NAME, ScriptedServer, completion, run_chat_server
 from tests.stages.test_captions import HEIGHT, WIDTH, face, identity, keyframe, person
+from tests.tiny_checkpoints import save_qwen3_vl
 
 COLORS = {"red": (200, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 200), "yellow": (240, 220, 20),
           "white": (250, 250, 250), "black": (5, 5, 5), "gray": (127, 127, 127)}  # fmt: skip
@@ -309,6 +310,14 @@ def test_rules_trace_every_sentence():
     sentences = FrameScript.model_validate_json(row["script"]).sentences()
     assert [said[numbers[0] - 1] for numbers in row["captions"]] == sentences
     assert row["untraced"] == 0
+
+
+def test_a_model_from_a_folder_is_asked_in_this_process(config, tmp_path):
+    folder = save_qwen3_vl(tmp_path / "a model")
+    asked = config(None, model=str(folder), endpoint_url=None, max_tokens=16)
+    (outcome,) = caption(asked, FRAMES[:1])
+    assert isinstance(outcome, Fail), "a random model writes no JSON"
+    assert re.search("cut off after|answered twice what cannot be used", outcome.error)
 
 
 def test_a_real_model_captions_by_its_schema(config, tmp_path):
