@@ -43,7 +43,9 @@ def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
     for name in settings.weights():
         missing = missing_files(name, settings.engine.weights_dir)
         found = "missing" if missing else "present"
-        rows.append(_row(f"weights {name}", not missing, f"{found} ({TABLE[name].licence})", _pull(name)))
+        licence = TABLE[name].licence if name in TABLE else "licence not known"
+        remedy = _pull(name) if name in TABLE else "correct the setting, or put them there"
+        rows.append(_row(f"weights {name}", not missing, f"{found} ({licence})", remedy))
     server = os.environ.get("PREFECT_API_URL", "none: a temporary one is started for each run")
     rows.append(_row("prefect server", True, server.rpartition("@")[2], ""))
     return rows

@@ -115,12 +115,12 @@ class Pipeline:
         **config: Any,
     ) -> Work:
         """Describe a stage on a subject; `config` sets fields of its settings that depend on the inputs."""
-        from models.weights import TABLE
+        from models.weights import identity
 
         settings = self.profile.config(spec)
         if config:
             settings = settings.model_copy(update=config)
-        weights = {name: TABLE[name].identity for name in settings.weights()}
+        weights = {name: identity(name) for name in settings.weights()}
         return Work(spec, settings, subject, inputs, weights, source)
 
 

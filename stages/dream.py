@@ -18,6 +18,7 @@ from pydantic import Field
 from models import weights
 from models.script import FrameScript, ScriptError, Story, StoryCharacter, StoryFrame, load_story
 from stages.errors import MissingInputError, StoryError
+from stages.face_choice import FaceChoice
 from stages.spec import Inputs, Progress, StageConfig, StageSpec
 
 if TYPE_CHECKING:
@@ -35,12 +36,17 @@ class DreamConfig(StageConfig):
     continue_film: str | None = Field(None, description="id of the ingested film that the story goes on from")
     temperature: float = Field(0.95, ge=0, description="factor of the standard deviations when sampling")
     text_encoder: Literal["minilm_l6"] = Field("minilm_l6", description="as in the tokenize stage")
+    face_models: FaceChoice = Field(FaceChoice(), description="as `models` of the faces stage")
     min_face_score: float = Field(0.5, ge=0, le=1, description="score from which a character's picture shows a face")
     seed: int = Field(0, ge=0, description="of everything random")
 
     def weights(self) -> tuple[str, ...]:
         """Of sentences, faces and reference pictures."""
-        return (self.text_encoder, "centerface", "dinov2_small")
+        return (self.text_encoder, "dinov2_small", *self.face_models.weights())
+
+    def recipe(self) -> dict[str, Any]:
+        """Weights enter by what they hold, not by where they lie."""
+        return super().recipe() | {"face_models": self.face_models.recipe()}
 
 
 SPEC = StageSpec(
@@ -182,15 +188,14 @@ class Dream:
         Raises:
             StoryError: The picture cannot be read or shows no face.
         """
-        from models.face_detector import CenterFace
-        from models.face_embedder import align_face, embed_appearance
-        from models.image_encoder import DinoV2
+        from models.face_embedder import align_face
 
+        models = self._config.face_models.open(self._weights_dir)
         picture = _read_picture(path)
-        found = CenterFace(self._weights_dir).detect(picture, self._config.min_face_score)
+        found = models.detect(picture, self._config.min_face_score)
         if not len(found):
             raise StoryError(f"{path}: no face found: give a picture that shows the character's face from the front")
-        return embed_appearance(DinoV2(self._weights_dir), [align_face(picture, found.landmarks[0])])[0]
+        return models.describe([align_face(picture, found.landmarks[0])])[0]
 
     def _continue_from(self, table: "TokenTable | None", model: "AutoregressiveModel") -> "list[Frame]":
         """The last keyframes of the film to go on from, with scripts and tokens."""

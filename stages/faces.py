@@ -8,29 +8,34 @@ Source: paper section 3.3 and appendix B, which take FaRL for the embedding that
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from stages.face_choice import FaceChoice
 from stages.spec import Fail, Ok, Outcome, Row, Skip, StageConfig, StageSpec
 
 
 class FacesConfig(StageConfig):
     """Settings of the faces stage."""
 
-    detector: Literal["centerface"] = Field("centerface", description="face detector with five landmarks")
+    models: FaceChoice = Field(FaceChoice(), description="what finds, describes and tells apart faces")
     min_score: float = Field(0.5, ge=0, le=1, description="score from which a detection counts")
     min_face_px: float = Field(16, gt=0, description="shorter side of the smallest face, in keyframe pixels")
     max_faces: int = Field(10, ge=1, description="faces kept in a keyframe, highest score first")
-    conditioning: Literal["dinov2"] = Field("dinov2", description="embedder whose vector conditions the models")
-    identity: Literal["dlib"] = Field("dlib", description="embedder whose distances tell persons apart")
     jpeg_quality: int = Field(95, ge=1, le=100, description="quality of the stored aligned faces")
 
     def weights(self) -> tuple[str, ...]:
         """Weights of the detector and both embedders."""
-        return "centerface", "dinov2_small", "dlib_face"
+        return self.models.weights()
+
+    def recipe(self) -> dict[str, Any]:
+        """The choice of models stands beside the other settings."""
+        values = super().recipe()
+        del values["models"]
+        return values | self.models.recipe()
 
 
 SPEC = StageSpec(
@@ -68,14 +73,8 @@ class Faces:
     """Detects, matches, aligns and embeds faces; see the module's first lines."""
 
     def __init__(self, config: FacesConfig, weights_dir: Path | None = None) -> None:
-        from models.face_detector import CenterFace
-        from models.face_embedder import DlibFace
-        from models.image_encoder import DinoV2
-
         self.config = config
-        self._detector = CenterFace(weights_dir)
-        self._identity = DlibFace(weights_dir)
-        self._conditioning = DinoV2(weights_dir)
+        self._models = config.models.open(weights_dir)
 
     def __call__(self, *, keyframes: list[Row], people: list[Row]) -> Iterator[Outcome]:
         """One outcome a keyframe: its faces, `no_face`, or a failure where its JPEG cannot be read."""
@@ -93,7 +92,7 @@ class Faces:
         if image is None:
             size = len(keyframe["jpeg"] or b"")
             return Fail(item, f"keyframe {item}: its JPEG of {size} bytes cannot be read; redo the keyframes stage")
-        faces = self._detector.detect(image, self.config.min_score)
+        faces = self._models.detect(image, self.config.min_score)
         large = np.flatnonzero((faces.boxes[:, 2:] - faces.boxes[:, :2]).min(axis=1) >= self.config.min_face_px)
         kept = large[: self.config.max_faces]
         if not len(kept):
@@ -106,17 +105,11 @@ class Faces:
             faces.scores[kept],
             landmarks,
             chips,
-            self.embed(chips),
-            self._identity.embed(chips),
+            self._models.describe(chips),
+            self._models.identify(image, landmarks, chips),
             strict=True,
         )
         return Ok(item, [self._row(keyframe, i, *face) for i, face in enumerate(columns)])
-
-    def embed(self, chips: list[np.ndarray]) -> np.ndarray:
-        """Conditioning embeddings of aligned RGB faces: float32 (face, 384), each of length 1."""
-        from models.face_embedder import embed_appearance
-
-        return embed_appearance(self._conditioning, chips)
 
     def _row(
         self,

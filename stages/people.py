@@ -21,12 +21,21 @@ from stages.spec import Fail, Ok, Outcome, Row, Skip, StageConfig, StageSpec
 class PeopleConfig(StageConfig):
     """Settings of the people stage."""
 
-    detector: Literal["ssdlite"] = Field("ssdlite", description="person detector; ssdlite takes no prompt")
+    detector: Literal["ssdlite", "grounding_dino", "grounding_dino_original"] = Field(
+        "ssdlite",
+        description="person detector; Grounding DINO by transformers or by its own code; ssdlite takes no prompt",
+    )
+    detector_weights: str = Field(
+        "grounding_dino", description="Grounding DINO: name of `weights list` or local folder"
+    )
     prompt: str = Field("person", min_length=1, description="what a detector that takes a text prompt looks for")
     max_people: int = Field(5, ge=1, description="persons kept in a keyframe, highest score first")
     min_score: float = Field(0.35, ge=0, le=1, description="score from which a detection counts")
-    masks: Literal["selfie_segmentation"] = Field("selfie_segmentation", description="model of the person masks")
-    faces: Literal["centerface"] = Field("centerface", description="detector of faces that no person box holds")
+    masks: Literal["selfie_segmentation", "sam2", "none"] = Field(
+        "selfie_segmentation", description="model of the person masks; with none the whole box is the person"
+    )
+    mask_weights: str = Field("sam2", description="SAM 2: name of `weights list` or local folder")
+    faces: Literal["centerface", "none"] = Field("centerface", description="detector of faces that no person box holds")
     min_face_score: float = Field(0.5, ge=0, le=1, description="score from which such a face adds a person")
     min_face_share: float = Field(
         0.08, ge=0, le=1, description="shorter side of such a face at least, as a part of the picture's shorter side"
@@ -34,7 +43,16 @@ class PeopleConfig(StageConfig):
 
     def weights(self) -> tuple[str, ...]:
         """Weights of the detector, the masks and the faces."""
-        return "ssdlite_person", "selfie_segmentation", "centerface"
+        detector = "ssdlite_person" if self.detector == "ssdlite" else self.detector_weights
+        masks = {"selfie_segmentation": "selfie_segmentation", "sam2": self.mask_weights}.get(self.masks)
+        faces = "centerface" if self.faces == "centerface" else None
+        return tuple(name for name in (detector, masks, faces) if name)
+
+    def recipe(self) -> dict[str, Any]:
+        """Weights that are not used say nothing; those that are enter by what they hold, not by where they lie."""
+        values = super().recipe()
+        del values["detector_weights"], values["mask_weights"]
+        return values
 
 
 SPEC = StageSpec(
@@ -69,13 +87,11 @@ class People:
 
     def __init__(self, config: PeopleConfig, weights_dir: Path | None = None) -> None:
         from models.face_detector import CenterFace
-        from models.person_detector import PersonDetector
-        from models.regions import SelfieSegmentation
 
         self.config = config
-        self._detector = PersonDetector(weights_dir)
-        self._faces = CenterFace(weights_dir)
-        self._masks = SelfieSegmentation(weights_dir)
+        self._detector = _open_detector(config, weights_dir)
+        self._masks = _open_masks(config, weights_dir)
+        self._faces = CenterFace(weights_dir) if config.faces == "centerface" else None
 
     def __call__(self, *, keyframes: list[Row]) -> Iterator[Outcome]:
         """One outcome a keyframe: its persons, `no_person`, or a failure where its JPEG cannot be read."""
@@ -91,14 +107,18 @@ class People:
         boxes, scores, sources = self.find(image)
         if not len(boxes):
             return Skip(item, "no_person")
-        people = zip(boxes, scores, sources, strict=True)
-        return Ok(item, [self._row(keyframe, image, i, *person) for i, person in enumerate(people)])
+        masks = self._masks.segment(image, boxes) if self._masks else [None] * len(boxes)
+        people = zip(boxes, scores, sources, masks, strict=True)
+        return Ok(item, [self._row(keyframe, i, *person) for i, person in enumerate(people)])
 
     def find(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Persons of one RGB picture, highest score first: boxes (person, 4) in pixels, scores, sources."""
         from models.regions import contained
 
         persons = self._detector.detect(image, self.config.min_score)
+        if self._faces is None:
+            best = slice(self.config.max_people)
+            return persons.boxes[best], persons.scores[best], ["detector"] * len(persons.boxes[best])
         faces = self._faces.detect(image, self.config.min_face_score)
         sides = (faces.boxes[:, 2:] - faces.boxes[:, :2]).min(axis=1)
         held = (contained(faces.boxes, persons.boxes) >= _HELD).any(axis=1)
@@ -111,7 +131,7 @@ class People:
         return boxes[order], scores[order], [sources[i] for i in order]
 
     def _row(
-        self, keyframe: Row, image: np.ndarray, index: int, box: np.ndarray, score: float, source: str
+        self, keyframe: Row, index: int, box: np.ndarray, score: float, source: str, mask: np.ndarray | None
     ) -> dict[str, Any]:
         x0, y0, x1, y1 = (float(side) for side in box)
         return {
@@ -124,8 +144,41 @@ class People:
             "y1": y1,
             "score": float(score),
             "source": source,
-            "mask_png": _encode_png(self._masks.segment(image, box)),
+            "mask_png": None if mask is None else _encode_png(mask),
         }
+
+
+def _open_detector(config: PeopleConfig, weights_dir: Path | None) -> Any:
+    """What finds persons: `detect(image, min_score)`."""
+    from models.weights import locate
+
+    if config.detector == "ssdlite":
+        from models.person_detector import PersonDetector
+
+        return PersonDetector(weights_dir)
+    folder = locate(config.detector_weights, weights_dir)
+    if config.detector == "grounding_dino":
+        from models.grounding_dino import GroundingDino
+
+        return GroundingDino(folder, config.prompt)
+    from models.grounding_dino_original import GroundingDinoOriginal
+
+    return GroundingDinoOriginal(folder, config.prompt)
+
+
+def _open_masks(config: PeopleConfig, weights_dir: Path | None) -> Any:
+    """What tells persons from the rest of their boxes: `segment(image, boxes)`; None where nothing does."""
+    from models.weights import locate
+
+    if config.masks == "none":
+        return None
+    if config.masks == "sam2":
+        from models.sam2 import Sam2
+
+        return Sam2(locate(config.mask_weights, weights_dir))
+    from models.regions import SelfieSegmentation
+
+    return SelfieSegmentation(weights_dir)
 
 
 def body_of_face(faces: np.ndarray, width: int, height: int) -> np.ndarray:

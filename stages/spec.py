@@ -48,8 +48,15 @@ class StageConfig(BaseModel):
         json_schema_extra={"neutral": True},
     )
 
+    gpus: float | None = Field(
+        None,
+        ge=0,
+        description="accelerators a worker asks for, where there are any; none: what the stage asks for",
+        json_schema_extra={"neutral": True},
+    )
+
     def weights(self) -> tuple[str, ...]:
-        """Names (in `models.weights.TABLE`) of the weights that these settings need."""
+        """Weights that these settings need: names in `models.weights.TABLE`, or paths of the user's own."""
         return ()
 
     def recipe(self) -> dict[str, Any]:
@@ -130,6 +137,10 @@ class StageSpec:
         """Import the class that does the work."""
         module, _, name = self.implementation.partition(":")
         return getattr(importlib.import_module(module), name)
+
+    def gpus_for(self, config: StageConfig) -> float:
+        """Accelerators a worker asks for under some settings."""
+        return self.gpus if config.gpus is None else config.gpus
 
     def item_of(self, row: Row) -> str:
         """The identity of an input row within its film, for example `42` or `42-1`."""

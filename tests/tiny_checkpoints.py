@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
 import transformers
+from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -97,3 +100,164 @@ def _save(folder: Path, family: type, config: object, tokenizer: PreTrainedToken
     for part in (tokenizer, *parts):
         part.save_pretrained(folder)
     return folder
+
+
+def save_grounding_dino(folder: Path) -> Path:
+    """Grounding DINO with a tiny Swin and a tiny BERT."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "person", "a", "dog"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = transformers.BertTokenizerFast(vocab={word: index for index, word in enumerate(words)})
+    config = transformers.GroundingDinoConfig(
+        backbone_config=transformers.SwinConfig(
+            embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4, image_size=64,
+            out_indices=[2, 3, 4],
+        ),
+        text_config=transformers.BertConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=64,
+        ),
+        num_queries=20, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2, d_model=256, encoder_n_points=2, decoder_n_points=2,
+    )  # fmt: skip
+    pictures = transformers.GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
+    torch.manual_seed(0)
+    model = transformers.GroundingDinoForObjectDetection(config).eval()
+    for part in (model, tokenizer, pictures):
+        part.save_pretrained(folder)
+    return folder
+
+
+def save_sam2(folder: Path) -> Path:
+    """SAM 2 with a tiny Hiera."""
+    torch.manual_seed(0)
+    backbone = transformers.Sam2HieraDetConfig(
+        hidden_size=16, num_attention_heads=1, blocks_per_stage=[1, 1, 1, 1], image_size=[64, 64],
+        embed_dim_per_stage=[16, 32, 64, 128], num_attention_heads_per_stage=[1, 2, 4, 8],
+        window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[],
+        window_positional_embedding_background_size=[4, 4],
+    )  # fmt: skip
+    config = transformers.Sam2Config(
+        vision_config=transformers.Sam2VisionConfig(
+            backbone_config=backbone, backbone_channel_list=[128, 64, 32, 16], fpn_hidden_size=32,
+            backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]],
+        ),
+        prompt_encoder_config={"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "num_hidden_layers": 1,
+            "iou_head_hidden_dim": 16,
+        },
+    )  # fmt: skip
+    transformers.Sam2Model(config).eval().save_pretrained(folder)
+    return folder
+
+
+def save_insightface(folder: Path) -> Path:
+    """A folder as `buffalo_l`: SCRFD's nine outputs at three strides, and ArcFace's one of 512 numbers.
+
+    The detector finds a face wherever eight by eight pixels are brighter than half, two strides wide around them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_scrfd(folder / "det_tiny.onnx")
+    _save_arcface(folder / "w600k_tiny.onnx")
+    return folder
+
+
+def _save_scrfd(path: Path) -> None:
+    nodes, weights, outputs = [], [], []
+    widths = {"score": 1, "bbox": 4, "kps": 10}
+    for kind, width in widths.items():
+        for stride in (8, 16, 32):
+            name = f"{kind}_{stride}"
+            kernel = np.zeros((2 * width, 3, stride, stride), np.float32)
+            bias = np.zeros(2 * width, np.float32)
+            if kind == "score" and stride == 8:
+                kernel[0] = 12.0 / (3 * stride * stride)  # the input is in -1..1: pixels of half brightness give 0
+            elif kind == "score":
+                bias[:] = -20.0
+            elif kind == "bbox":
+                bias[:] = 2.0
+            else:
+                bias[:] = np.tile([-1, -1, 1, -1, 0, 0, -1, 1, 1, 1], 2)
+            if kind == "score":
+                bias[1::2] = -20.0
+            weights += [numpy_helper.from_array(kernel, f"{name}_w"), numpy_helper.from_array(bias, f"{name}_b")]
+            shape = numpy_helper.from_array(np.array([-1, width], np.int64), f"{name}_s")
+            weights.append(shape)
+            nodes += [
+                helper.make_node("Conv", ["input", f"{name}_w", f"{name}_b"], [f"{name}_c"], strides=[stride, stride]),
+                helper.make_node("Transpose", [f"{name}_c"], [f"{name}_t"], perm=[0, 2, 3, 1]),
+                helper.make_node("Reshape", [f"{name}_t", f"{name}_s"], [f"{name}_r"]),
+                helper.make_node("Sigmoid" if kind == "score" else "Identity", [f"{name}_r"], [name]),
+            ]
+            outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, width]))
+    _save_graph(path, nodes, weights, [1, 3, None, None], outputs)
+
+
+def _save_arcface(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(rng.standard_normal((16, 3, 28, 28)).astype(np.float32) / 48, "w"),
+        numpy_helper.from_array(rng.standard_normal((256, 512)).astype(np.float32) / 16, "p"),
+    ]
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["c"], strides=[28, 28]),
+        helper.make_node("Flatten", ["c"], ["f"]),
+        helper.make_node("MatMul", ["f", "p"], ["embedding"]),
+    ]
+    output = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [None, 512])
+    _save_graph(path, nodes, weights, [None, 3, 112, 112], [output])
+
+
+def _save_graph(path: Path, nodes: list, weights: list, shape: list[int | None], outputs: list) -> None:
+    graph_input = helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, "tiny", [graph_input], outputs, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+
+
+class OpenAIVision(torch.nn.Module):
+    """A CLIP vision tower under the names of OpenAI's checkpoints, as FaRL's file has them."""
+
+    def __init__(self, width: int = 64, layers: int = 2, patch_px: int = 16, side_px: int = 32, out: int = 24) -> None:
+        super().__init__()
+        tokens = (side_px // patch_px) ** 2 + 1
+        self.conv1 = torch.nn.Conv2d(3, width, patch_px, patch_px, bias=False)
+        self.class_embedding = torch.nn.Parameter(torch.randn(width))
+        self.positional_embedding = torch.nn.Parameter(torch.randn(tokens, width))
+        self.ln_pre, self.ln_post = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.transformer = torch.nn.Module()
+        self.transformer.resblocks = torch.nn.ModuleList([_OpenAIBlock(width) for _ in range(layers)])
+        self.proj = torch.nn.Parameter(torch.randn(width, out))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.conv1(images).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(len(images), 1, -1)
+        hidden = self.ln_pre(torch.cat([first, hidden], 1) + self.positional_embedding)
+        for block in self.transformer.resblocks:
+            hidden = block(hidden)
+        return self.ln_post(hidden[:, 0]) @ self.proj
+
+
+class _OpenAIBlock(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(width, width // 64, batch_first=True)
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.mlp = torch.nn.Module()
+        self.mlp.c_fc, self.mlp.c_proj = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        seen = self.ln_1(hidden)
+        hidden = hidden + self.attn(seen, seen, seen, need_weights=False)[0]
+        inner = self.mlp.c_fc(self.ln_2(hidden))
+        return hidden + self.mlp.c_proj(inner * torch.sigmoid(1.702 * inner))
+
+
+def save_farl(path: Path) -> OpenAIVision:
+    """FaRL's file, which also holds the text side and the training's own weights; returns the vision tower."""
+    torch.manual_seed(0)
+    tower = OpenAIVision().eval()
+    state = {f"visual.{name}": value for name, value in tower.state_dict().items()}
+    state |= {"token_embedding.weight": torch.zeros(4, 4), "logit_scale": torch.tensor(1.0)}
+    torch.save({"state_dict": state}, path)
+    return tower

@@ -166,7 +166,7 @@ def test_stages_on_accelerators_wait_for_a_slot(on_sqlite, tmp_path):
         "def hold(seconds: float):\n"
         "    times = {}\n"
         "    for spec in (people.SPEC, train_autoencoder.SPEC):\n"
-        "        with gpu_slot(spec):\n"
+        "        with gpu_slot(spec.gpus):\n"
         "            times[spec.name] = [time.time()]\n"
         "            time.sleep(seconds)\n"
         "        times[spec.name].append(time.time())\n"

@@ -62,7 +62,7 @@ def test_round_out_stays_in_the_picture_and_is_never_empty(box: tuple[float, ...
 def test_the_mask_covers_the_man_and_not_the_corner() -> None:
     image = demo_frame("carphone_pristine.mp4", 0)
     box = np.array([28.4, 15.2, 175, 142], np.float32)
-    mask = SelfieSegmentation().segment(image, box)
+    (mask,) = SelfieSegmentation().segment(image, box[None])
     assert mask.shape == (142 - 15, 175 - 28) and mask.dtype == np.uint8
     face = mask[80 - 15 : 90 - 15, 80 - 28 : 95 - 28]
     corner = mask[:15, -25:]
@@ -71,7 +71,8 @@ def test_the_mask_covers_the_man_and_not_the_corner() -> None:
 
 def test_a_box_of_one_pixel_has_a_mask() -> None:
     image = np.zeros((30, 40, 3), np.uint8)
-    assert SelfieSegmentation().segment(image, np.array([3, 3, 4, 4], np.float32)).shape == (1, 1)
+    (mask,) = SelfieSegmentation().segment(image, np.array([[3, 3, 4, 4]], np.float32))
+    assert mask.shape == (1, 1)
 
 
 def test_absent_weights_are_named(tmp_path) -> None:

@@ -218,5 +218,5 @@ def test_a_story_that_is_none(model: list[Path], tmp_path: Path) -> None:
 
 
 def test_weights_are_named() -> None:
-    assert set(DreamConfig().weights()) == {"minilm_l6", "centerface", "dinov2_small"}
+    assert set(DreamConfig().weights()) == {"minilm_l6", "centerface", "dinov2_small", "dlib_face"}
     assert SPEC.load() is Dream

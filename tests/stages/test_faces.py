@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from models import weights
+from stages.face_choice import FaceChoice
 from stages.faces import SPEC, Faces, FacesConfig, match_people
 from stages.spec import Fail, Ok, Skip
 from tests.stages.test_people import keyframe, keyframe_of
+from tests.tiny_checkpoints import save_farl, save_insightface
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,26 @@ def test_config_names_its_weights() -> None:
 def test_absent_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(weights.WeightsError, match="weights pull centerface"):
         Faces(FacesConfig(), tmp_path)
+
+
+def test_the_papers_models_take_the_places_of_the_small_ones(tmp_path: Path) -> None:
+    save_farl(tmp_path / "farl.pth")
+    choice = FaceChoice(
+        detector="insightface", conditioning="farl", identity="arcface", farl_weights=str(tmp_path / "farl.pth"),
+        insightface_weights=str(save_insightface(tmp_path / "buffalo")),
+    )  # fmt: skip
+    config = FacesConfig(models=choice, min_face_px=4)
+    assert set(config.weights()) == {str(tmp_path / "farl.pth"), str(tmp_path / "buffalo")}
+    image = np.zeros((640, 640, 3), np.uint8)
+    image[160:168, 320:328] = 255
+    (found,) = Faces(config)(keyframes=[keyframe_of(image)], people=[])
+    (row,) = pa.Table.from_pylist(list(found.rows), schema=SPEC.schema).to_pylist()
+    assert len(row["embedding"]) == 24 and len(row["identity"]) == 512
+
+
+def test_where_weights_lie_is_no_part_of_the_recipe() -> None:
+    here, there = (FacesConfig(models=FaceChoice(conditioning="farl", farl_weights=place)) for place in ("/a", "/b"))
+    assert here.recipe() == there.recipe() != FacesConfig().recipe()
+    assert set(FacesConfig().recipe()) == {
+        "detector", "min_score", "min_face_px", "max_faces", "conditioning", "identity", "jpeg_quality",
+    }  # fmt: skip

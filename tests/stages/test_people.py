@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from models import weights
 from stages.people import SPEC, People, PeopleConfig, body_of_face
 from stages.spec import Fail, Ok, Skip
+from tests.tiny_checkpoints import save_grounding_dino, save_sam2
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,27 @@ def test_config_names_its_weights_and_refuses_nonsense() -> None:
 def test_absent_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(weights.WeightsError, match="weights pull ssdlite_person"):
         People(PeopleConfig(), tmp_path)
+
+
+def test_grounding_dino_and_sam2_take_the_places_of_the_small_models(tmp_path: Path) -> None:
+    config = PeopleConfig(
+        detector="grounding_dino", detector_weights=str(save_grounding_dino(tmp_path / "dino")),
+        masks="sam2", mask_weights=str(save_sam2(tmp_path / "sam")), faces="none", min_score=0.0,
+    )  # fmt: skip
+    assert set(config.weights()) == {str(tmp_path / "dino"), str(tmp_path / "sam")}
+    (outcome,) = People(config)(keyframes=[keyframe("bikes.mp4", 125)])
+    table = pa.Table.from_pylist(list(outcome.rows), schema=SPEC.schema)
+    assert 1 <= len(table) <= 5 and set(table["source"].to_pylist()) == {"detector"}
+    for row in table.to_pylist():
+        mask = Image.open(io.BytesIO(row["mask_png"]))
+        assert mask.size == (np.ceil(row["x1"]) - np.floor(row["x0"]), np.ceil(row["y1"]) - np.floor(row["y0"]))
+
+
+def test_without_masks_there_are_none(stage: People) -> None:
+    (outcome,) = People(PeopleConfig(masks="none"))(keyframes=[keyframe("bikes.mp4", 125)])
+    assert [row["mask_png"] for row in outcome.rows] == [None]
+
+
+def test_where_weights_lie_is_no_part_of_the_recipe() -> None:
+    here, there = (PeopleConfig(detector="grounding_dino", detector_weights=place) for place in ("/a", "/b"))
+    assert here.recipe() == there.recipe() != PeopleConfig().recipe()
