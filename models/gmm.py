@@ -10,10 +10,12 @@ Source: the paper, section 3.3 and appendix A, equation 6 (2kd + k parameters); 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SCALE_FLOOR = 1e-6
 """GIVT's smallest standard deviation."""
@@ -47,9 +49,9 @@ class Mixture:
 
         Source: the paper, equation 6.
         """
-        standardized = (values.unsqueeze(-2) - self.locations) / self.scales
-        log_density = -0.5 * standardized.square() - self.scales.log() - _HALF_LOG_TWO_PI
-        return torch.logsumexp(self.logits.log_softmax(-1) + log_density.sum(-1), -1)
+        shape = torch.broadcast_shapes(self.logits.shape[:-1], values.shape[:-1])
+        spread = [part.expand(*shape, *part.shape[len(self.logits.shape) - 1 :]) for part in vars(self).values()]
+        return _LogProb.apply(*spread, values.expand(*shape, values.shape[-1]))
 
     def mean(self) -> Float[Tensor, "*batch dim"]:
         """The mixture's mean: the "predicted token" of the l1 and l2 losses."""
@@ -69,6 +71,35 @@ class Mixture:
         scale = self.scales.gather(-2, index).squeeze(-2)
         noise = torch.randn(location.shape, generator=generator, dtype=location.dtype, device=location.device)
         return location + temperature * scale * noise
+
+
+class _LogProb(torch.autograd.Function):
+    """The mixture's log density with a backward pass of its own.
+
+    Autograd would keep a tensor of the locations' size for each step of the formula, and go through all of them twice.
+    Here one is kept, the standardized differences, from which all gradients follow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, locations: Tensor, scales: Tensor, values: Tensor) -> Tensor:
+        work = scales.log()
+        constant = work.sum(-1) + _HALF_LOG_TWO_PI * values.shape[-1]
+        standardized = torch.sub(values.unsqueeze(-2), locations, out=work).div_(scales)
+        squares = torch.linalg.vector_norm(standardized, dim=-1).square()
+        log_joint = logits.log_softmax(-1) - 0.5 * squares - constant
+        ctx.save_for_backward(standardized, scales, logits, log_joint)
+        return torch.logsumexp(log_joint, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        standardized, scales, logits, log_joint = ctx.saved_tensors
+        share = log_joint.softmax(-1) * slope.unsqueeze(-1)  # of each component in the density
+        to_logits = share - logits.softmax(-1) * slope.unsqueeze(-1)
+        share = share.unsqueeze(-1)
+        to_locations = (standardized / scales).mul_(share)
+        to_scales = (to_locations * standardized).addcdiv_(share.expand_as(scales), scales, value=-1)
+        return to_logits, to_locations, to_scales, -to_locations.sum(-2)
 
 
 def parameter_count(components: int, dim: int) -> int:

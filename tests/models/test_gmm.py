@@ -55,6 +55,25 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda p: mixture_of_parameters(p, 4).mean(), (parameters,))
 
 
+def test_gradients_in_single_precision_are_those_in_double_and_torchs_own() -> None:
+    exact = [tensor.requires_grad_() for tensor in vars(random_mixture(16, 64, batch=8)).values()]
+    values = torch.randn(8, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(as_torch(Mixture(*exact)).log_prob(values).sum(), exact)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        parts = [tensor.detach().to(dtype).requires_grad_() for tensor in exact]
+        found = torch.autograd.grad(Mixture(*parts).log_prob(values.to(dtype)).sum(), parts)
+        for gradient, expected in zip(found, wanted, strict=True):
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(gradient.double(), expected, atol=tolerance * scale, rtol=tolerance)
+
+
+def test_one_mixture_takes_many_values_with_gradients() -> None:
+    one = random_mixture(3, 2, batch=1)
+    parts = [tensor[0].requires_grad_() for tensor in vars(one).values()]
+    values = torch.randn(7, 2, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *p: Mixture(*p).log_prob(values), parts)
+
+
 def test_sample_moments() -> None:
     one = random_mixture(3, 2, batch=1)
     many = Mixture(*(value.expand(200_000, *value.shape[1:]) for value in (one.logits, one.locations, one.scales)))
