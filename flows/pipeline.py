@@ -120,7 +120,7 @@ class Pipeline:
         settings = self.profile.config(spec)
         if config:
             settings = settings.model_copy(update=config)
-        weights = {name: identity(name) for name in settings.weights()}
+        weights = {name: identity(name, self.profile.engine.weights_dir) for name in settings.weights()}
         return Work(spec, settings, subject, inputs, weights, source)
 
 

@@ -212,7 +212,7 @@ class _Planner:
     def plan_stage(self, spec: StageSpec, films: Sequence[PlannedFilm]) -> None:
         """Nearly always nearly all films are fresh: those are told by one look-up each, the others one by one."""
         config = self._profile.config(spec)
-        fingerprint = _fingerprinter(spec, config).with_roles(spec.inputs)
+        fingerprint = _fingerprinter(self._profile, spec, config).with_roles(spec.inputs)
         known, made = self._index.digests[spec.output], self._digests[spec.output]
         inputs = [self._digests[kind] for kind in sorted(spec.inputs)]
         fresh, others = [], []
@@ -264,7 +264,7 @@ class _Planner:
 
     def _explain(self, spec: StageSpec, config: StageConfig, stale: dict[str, dict[str, list[str]]]) -> None:
         before = self._catalog.current_recipes(spec.output, stale)
-        weights = _weights(config)
+        weights = _weights(self._profile, config)
         for subject, inputs in stale.items():
             now = Recipe(spec.name, spec.version, config.recipe(), weights, inputs)
             known = before.get(subject)
@@ -284,19 +284,19 @@ class _Planner:
                 heldout = tuple(f.film_id for f in whole if (f.split or "").lower() in HELDOUT_SPLITS)
                 config = settings.model_copy(update={"heldout_films": heldout})
                 inputs = {kind: [self._digests[kind][f.film_id] for f in whole] for kind in spec.inputs}
-                if self._settle(spec, name, _fingerprinter(spec, config).of(inputs)):
+                if self._settle(spec, name, _fingerprinter(self._profile, spec, config).of(inputs)):
                     self._explain(spec, config, {name: inputs})
 
     def _note(self, spec: StageSpec, state: str, reason: str, subject: str, due: bool = True) -> None:
         self._groups.setdefault((spec.name, state, reason, due), []).append(subject)
 
 
-def _weights(config: StageConfig) -> dict[str, str]:
-    return {name: identity(name) for name in config.weights()}
+def _weights(profile: Profile, config: StageConfig) -> dict[str, str]:
+    return {name: identity(name, profile.engine.weights_dir) for name in config.weights()}
 
 
-def _fingerprinter(spec: StageSpec, config: StageConfig) -> Fingerprinter:
-    return Fingerprinter(spec.name, spec.version, config.recipe(), _weights(config))
+def _fingerprinter(profile: Profile, spec: StageSpec, config: StageConfig) -> Fingerprinter:
+    return Fingerprinter(spec.name, spec.version, config.recipe(), _weights(profile, config))
 
 
 def _estimate(workspace: Workspace, spec: StageSpec, groups: Sequence[Group]) -> Estimate:

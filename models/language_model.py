@@ -44,12 +44,14 @@ def load_language_model(path: Path, layers: int | None = None) -> tuple[LlamaMod
     """Load the first layers of a language model in float32, in evaluation mode, and its tokenizer.
 
     Args:
-        path: A `.gguf` file, or a folder with config.json, safetensors and tokenizer.json.
+        path: A `.gguf` file, a folder with one, or a folder with config.json, safetensors and tokenizer.json.
         layers: How many layers to keep from the first on; None keeps all.
 
     Raises:
         LanguageModelError: There is no model, it is not of the LLaMA family, or it has fewer layers.
     """
+    if len(found := list(path.glob("*.gguf"))) == 1:
+        path = found[0]
     if path.suffix == ".gguf" and path.is_file():
         return _load_gguf(path, layers)
     if (path / "config.json").is_file():

@@ -30,7 +30,7 @@ class TrainAutoregressiveConfig(StageConfig):
     """Settings of the train_autoregressive stage."""
 
     trunk: str = Field(
-        "Llama-2-7b-hf",
+        "llama2_7b",
         description="pretrained language model: a name of `moviedreamer weights list` or a local folder",
     )
     layers: int | None = Field(None, ge=1, description="first layers of the language model to use; null for all")
@@ -68,13 +68,13 @@ class TrainAutoregressiveConfig(StageConfig):
     seed: int = Field(0, ge=0, description="of everything random")
 
     def weights(self) -> tuple[str, ...]:
-        """The language model, where it is one of ours."""
-        return (self.trunk,) if self.trunk in weights.TABLE else ()
+        """The language model."""
+        return (self.trunk,)
 
 
 SPEC = StageSpec(
     name="train_autoregressive",
-    version=2,
+    version=3,
     implementation="stages.train_autoregressive:TrainAutoregressive",
     inputs=("tokens",),
     output="autoregressive",
@@ -128,16 +128,13 @@ class TrainAutoregressive:
         return metrics
 
     def _build_model(self, keyframes: "TokenTable") -> Any:
-
         import torch
 
         from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
         from models.language_model import describe_language_model, load_language_model
 
         config = self._config
-        known = config.trunk in weights.TABLE
-        path = weights.file(config.trunk, self._weights_dir) if known else Path(config.trunk).expanduser()
-        trunk, tokenizer = load_language_model(path, config.layers)
+        trunk, tokenizer = load_language_model(weights.locate(config.trunk, self._weights_dir), config.layers)
         same = ("components", "scale_floor", "input_dropout", "residual_dropout", "mask_probability", "context_noise",
                 "carry_previous")  # fmt: skip
         architecture = AutoregressiveConfig(

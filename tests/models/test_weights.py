@@ -25,7 +25,7 @@ def test_the_users_own_weights_are_told_by_what_they_hold_not_by_where_they_lie(
 
 
 def test_names_of_the_table_are_told_by_the_digests_of_their_files():
-    assert identity("minilm_l6") == TABLE["minilm_l6"].identity
+    assert identity("minilm_l6") == TABLE["minilm_l6"].identity(Path("anywhere"))
     assert locate("minilm_l6").name == "minilm_l6"
 
 

@@ -247,5 +247,5 @@ def test_a_loss_that_is_no_number_stops_training(trunk: str, tmp_path: Path) -> 
 
 def test_weights_are_named_only_where_they_are_ours() -> None:
     assert TrainAutoregressiveConfig(trunk="smollm2_135m").weights() == ("smollm2_135m",)
-    assert TrainAutoregressiveConfig().weights() == ()
+    assert TrainAutoregressiveConfig().weights() == ("llama2_7b",)
     assert SPEC.load() is TrainAutoregressive
