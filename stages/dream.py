@@ -8,7 +8,7 @@ Source: the paper, section 3.3 (equation 5, "Few-shot training for personalized 
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +35,7 @@ class DreamConfig(StageConfig):
     max_references: int = Field(10, ge=0, description="reference pictures used, the first ones given")
     continue_film: str | None = Field(None, description="id of the ingested film that the story goes on from")
     temperature: float = Field(0.95, ge=0, description="factor of the standard deviations when sampling")
-    text_encoder: Literal["minilm_l6"] = Field("minilm_l6", description="as in the tokenize stage")
+    text_encoder: str = Field("minilm_l6", description="as in the tokenize stage")
     face_models: FaceChoice = Field(FaceChoice(), description="as `models` of the faces stage")
     min_face_score: float = Field(0.5, ge=0, le=1, description="score from which a character's picture shows a face")
     seed: int = Field(0, ge=0, description="of everything random")
@@ -80,11 +80,11 @@ class Dream:
     def __init__(self, config: DreamConfig, weights_dir: Path | None = None) -> None:
         import torch
 
-        from models.text_encoder import SentenceEncoder
+        from models.text_encoder import open_sentence_encoder
 
         self._config, self._weights_dir = config, weights_dir
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._text_encoder = SentenceEncoder(weights.folder(config.text_encoder, weights_dir), self._device)
+        self._text_encoder = open_sentence_encoder(weights.locate(config.text_encoder, weights_dir), self._device)
 
     def __call__(self, inputs: Inputs, out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
         """Sample the tokens of the story's keyframes.

@@ -8,7 +8,7 @@ Source: the paper, section 3.2 (tokens) and section 3.3 (one embedding a descrip
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -22,7 +22,9 @@ from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
 class TokenizeConfig(StageConfig):
     """Settings of the tokenize stage."""
 
-    text_encoder: Literal["minilm_l6"] = Field("minilm_l6", description="encoder of description sentences")
+    text_encoder: str = Field(
+        "minilm_l6", description="encoder of description sentences: name of `weights list` or local folder"
+    )
     batch_pictures: int = neutral(16, "keyframes encoded at once", ge=1)
 
     def weights(self) -> tuple[str, ...]:
@@ -49,11 +51,11 @@ class Tokenize:
     def __init__(self, config: TokenizeConfig, weights_dir: Path | None = None) -> None:
         import torch
 
-        from models.text_encoder import SentenceEncoder
+        from models.text_encoder import open_sentence_encoder
 
         self._config, self._weights_dir = config, weights_dir
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._text_encoder = SentenceEncoder(weights.folder(config.text_encoder, weights_dir), self._device)
+        self._text_encoder = open_sentence_encoder(weights.locate(config.text_encoder, weights_dir), self._device)
 
     def __call__(self, inputs: Inputs, out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
         """Tokenize all keyframes of the shards.

@@ -127,7 +127,7 @@ def run_s3() -> Iterator[dict[str, str]]:
         (folder / "s3.json").write_text(json.dumps(identities))
         command = [str(BIN / "weed"), "server", f"-dir={folder}", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
         command += [f"-s3.config={folder / 's3.json'}", "-master.telemetry=false", "-master.volumeSizeLimitMB=64"]
-        command += ["-volume.max=20", "-s3.port.iceberg=0"]
+        command += ["-volume.max=20", "-s3.port.iceberg=0", "-s3.port.lance=0"]
         for kind, port in ports.items():
             command += [f"-{kind}.port={port}", f"-{kind}.port.grpc={free_port()}"]
         endpoint = f"http://127.0.0.1:{ports['s3']}"

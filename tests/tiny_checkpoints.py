@@ -9,7 +9,8 @@ import torch
 import transformers
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 CHAT = (
@@ -246,11 +247,52 @@ class _OpenAIBlock(torch.nn.Module):
         self.mlp = torch.nn.Module()
         self.mlp.c_fc, self.mlp.c_proj = torch.nn.Linear(width, 4 * width), torch.nn.Linear(4 * width, width)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         seen = self.ln_1(hidden)
-        hidden = hidden + self.attn(seen, seen, seen, need_weights=False)[0]
+        hidden = hidden + self.attn(seen, seen, seen, need_weights=False, attn_mask=mask)[0]
         inner = self.mlp.c_fc(self.ln_2(hidden))
         return hidden + self.mlp.c_proj(inner * torch.sigmoid(1.702 * inner))
+
+
+class OpenAIText(torch.nn.Module):
+    """LongCLIP's text tower under the names of its checkpoint, with both of its tables of positions."""
+
+    def __init__(self, words: int, width: int = 64, layers: int = 2, positions: int = 248, out: int = 24) -> None:
+        super().__init__()
+        self.token_embedding = torch.nn.Embedding(words, width)
+        self.positional_embedding = torch.nn.Parameter(torch.randn(positions, width))
+        self.positional_embedding_res = torch.nn.Parameter(torch.randn(positions, width))
+        self.transformer = torch.nn.Module()
+        self.transformer.resblocks = torch.nn.ModuleList([_OpenAIBlock(width) for _ in range(layers)])
+        self.ln_final = torch.nn.LayerNorm(width)
+        self.text_projection = torch.nn.Parameter(torch.randn(width, out))
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        first = (torch.arange(len(self.positional_embedding)) < 20).unsqueeze(-1)
+        positions = torch.where(first, self.positional_embedding, self.positional_embedding_res)
+        hidden = self.token_embedding(words) + positions[: words.shape[1]]
+        mask = torch.full((words.shape[1],) * 2, -torch.inf).triu(1)
+        for block in self.transformer.resblocks:
+            hidden = block(hidden, mask)
+        ends = words.argmax(1)
+        return self.ln_final(hidden)[torch.arange(len(words)), ends] @ self.text_projection
+
+
+def save_longclip(folder: Path) -> OpenAIText:
+    """LongCLIP's file beside CLIP's tokenizer; returns the text tower."""
+    letters = [chr(97 + i) for i in range(26)]
+    vocabulary = {word: index for index, word in enumerate(["!", *letters, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="!"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(word, vocabulary[word]) for word in ("<|startoftext|>", "<|endoftext|>")]
+    tokenizer.post_processor = TemplateProcessing(single=f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(0)
+    tower = OpenAIText(len(vocabulary)).eval()
+    state = tower.state_dict() | {"visual.proj": torch.zeros(2, 2), "logit_scale": torch.tensor(1.0)}
+    torch.save(state, folder / "longclip-L.pt")
+    return tower
 
 
 def save_farl(path: Path) -> OpenAIVision:

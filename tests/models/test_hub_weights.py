@@ -88,9 +88,7 @@ def test_what_is_not_there_is_said_with_the_remedy(brought):
     source, into = brought
     with pytest.raises(WeightsError, match=r"holds no grounding_dino: expected model.safetensors"):
         pull(["grounding_dino"], into, print, source)
-    with pytest.raises(
-        WeightsError, match=r"farl is on no hub: put FaRL-.* then `moviedreamer weights pull"
-    ):
+    with pytest.raises(WeightsError, match=r"farl is on no hub: put FaRL-.* then `moviedreamer weights pull"):
         pull(["farl"], into, print)
 
 
