@@ -199,6 +199,7 @@ def _perform(
 ) -> Any:  # fmt: skip
     """Plan; start Prefect and Ray only where something is to be done; print what happened."""
     from flows.commands import Request, walk
+    from flows.ingest import FILM_STAGES
     from flows.pipeline import Pipeline
     from flows.profile import ExplainedProfile, require_weights
 
@@ -211,7 +212,7 @@ def _perform(
     if plan.todo:
         first = plan.todo[0]
         click.echo(f"to do: {first.stage} of {first.subject} ({first.reason}) and what follows", err=True)
-        require_weights(explained.profile)
+        require_weights(explained.profile, FILM_STAGES if command == "ingest" else None)
         operations = start_prefect(opened, explained.profile)
         arguments = {key: str(value) for key, value in asked.items() if isinstance(value, Path | str)}
         arguments |= {key: [str(v) for v in value] for key, value in asked.items() if isinstance(value, tuple)}

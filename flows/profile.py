@@ -4,6 +4,7 @@ The only file that reads the environment. Importing it imports every stage's `Co
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,9 +101,10 @@ class Profile(BaseModel):
         """The settings of a stage."""
         return getattr(self, spec.name)
 
-    def weights(self) -> list[str]:
-        """Names of all weights that these settings need."""
-        configs = [getattr(self, name) for name in type(self).model_fields]
+    def weights(self, stages: Iterable[StageSpec] | None = None) -> list[str]:
+        """Names of all weights that these settings need, for some stages or for all."""
+        names = type(self).model_fields if stages is None else [spec.name for spec in stages]
+        configs = [getattr(self, name) for name in names]
         return sorted({name for config in configs if isinstance(config, StageConfig) for name in config.weights()})
 
 
@@ -201,13 +203,13 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def require_weights(profile: Profile) -> None:
-    """Refuse to start what would fail later for want of weights.
+def require_weights(profile: Profile, stages: Iterable[StageSpec] | None = None) -> None:
+    """Refuse to start what would fail later for want of weights, those of some stages or of all.
 
     Raises:
         WeightsError: Some are not here; the message names all of them and how to get them.
     """
-    missing = [name for name in profile.weights() if missing_files(name, profile.engine.weights_dir)]
+    missing = [name for name in profile.weights(stages) if missing_files(name, profile.engine.weights_dir)]
     if own := [name for name in missing if name not in TABLE]:
         raise WeightsError(f"there are no weights at {', '.join(own)}: correct the setting, or put them there")
     if missing:

@@ -3,6 +3,7 @@
 Three things keep an answer with its picture. Each picture has an id of random letters, which the answer has to name,
 so that answers that were exchanged on their way are found. Among the pictures are plain ones whose colour the answer
 has to name, so that a model that mixes up its pictures is found. And the key of a kept answer holds all that was asked.
+Where CLIP is at hand, it says in the end whether captions fit their own pictures better than those of others.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from models.chat import ChatAnswer, ChatModel, ChatRequest
@@ -29,6 +30,11 @@ SENTINEL_COLORS = {
 """Colour word to RGB of the plain pictures."""
 SENTINEL_PX = 224
 JPEG_QUALITY = 90
+MIN_PICTURES = 8
+MIN_SPREAD = 0.02
+"""Of cosines between a picture and all captions: what fits and what does not are about 0.1 apart in CLIP."""
+CHANCE_DEVIATIONS = 2.0
+"""By how many standard deviations the mean rank has to exceed what chance gives."""
 GREY = 127
 
 
@@ -216,6 +222,41 @@ def _check_sentinel(caption: Caption, color: str) -> None:
             f"a picture that is all {color} was described as {said[:200]!r}: answers may stand beside the wrong "
             "pictures, none is kept; check the endpoint and the model, or set sentinels=0 for a model that is too weak"
         )
+
+
+def check_fit(
+    pictures: Float32[np.ndarray, "picture dim"], captions: Float32[np.ndarray, "picture dim"]
+) -> float | None:
+    """How far up a picture's own caption ranks among the captions of all, by CLIP: 1 is first, 0.5 is chance.
+
+    Pictures of one shot have nearly the same captions, so a rank says little of one of them, and much of many.
+
+    Args:
+        pictures: CLIP's vectors of pictures, each of length 1.
+        captions: Those of their captions.
+
+    Returns:
+        The mean rank; None where there are too few pictures to tell, or all captions fit all of them alike, as in one
+        long shot.
+
+    Raises:
+        AlignmentError: The captions fit their own pictures no better than those of others.
+    """
+    count = len(pictures)
+    if count < MIN_PICTURES:
+        return None
+    fits = pictures @ captions.T
+    if fits.std(axis=1).mean() < MIN_SPREAD:
+        return None
+    own = np.diagonal(fits)[:, None]
+    below, level = (fits < own).sum(1), (fits == own).sum(1) - 1
+    rank = float(np.mean((below + level / 2) / (count - 1)))
+    if rank < 0.5 + CHANCE_DEVIATIONS / np.sqrt(12 * count):
+        raise AlignmentError(
+            f"captions fit their own pictures no better than those of others (mean rank {rank:.2f} of {count}, 0.5 is "
+            "chance): answers may stand beside the wrong pictures, none is kept"
+        )
+    return rank
 
 
 def cut_out(

@@ -20,6 +20,7 @@ from stages.spec import Fail, Ok, Outcome, Row, StageSpec, neutral
 
 if TYPE_CHECKING:
     from models.chat_captioner import Caption
+    from models.clip import Clip
     from models.scene import Face, Person
 
 PROMPTS = ("system", "keyframe", "person", "repair")
@@ -39,6 +40,17 @@ class CaptionsConfig(ChatConfig):
         "plain pictures among those of a unit, whose colour the model has to name, or nothing of the unit is kept",
         ge=0,
     )
+    check_weights: str | None = Field(
+        None,
+        description="CLIP, which has to find that a model's captions fit their own keyframes: name of `weights list` "
+        "or local folder; none for no check",
+        json_schema_extra={"neutral": True},
+    )
+
+    def weights(self) -> tuple[str, ...]:
+        """The model, where it runs here, and what checks it."""
+        checks = (self.check_weights,) if self.asks_model() and self.check_weights else ()
+        return (*super().weights(), *checks)
 
     def asks_model(self) -> bool:
         """Rules need none."""
@@ -82,7 +94,8 @@ class Captions:
 
     def __init__(self, config: CaptionsConfig, weights_dir: Path | None = None) -> None:
         self.config = config
-        self._model = open_chat_model(config) if config.asks_model() else None
+        self._model = open_chat_model(config, weights_dir) if config.asks_model() else None
+        self._clip = _open_check(config, weights_dir)
 
     def __call__(
         self, *, keyframes: list[Row], people: list[Row], faces: list[Row], identities: list[Row]
@@ -107,22 +120,39 @@ class Captions:
         words = load_prompts(config.prompts, PROMPTS)
         frames, persons, broken = self._cut(keyframes, people_of)
         captions: dict[str, Caption] = {}
-        for subjects, question, limit in (
-            (frames, words["keyframe"], config.max_sentences),
-            (persons, words["person"], config.max_person_sentences),
-        ):
-            prompts = Prompts(words["system"], question, words["repair"])
-            asked = [Subject(key, jpeg) for key, jpeg in subjects.items()]
-            options = (config.pictures_per_request, config.sentinels, config.max_tokens)
-            try:
+        try:
+            for subjects, question, limit in (
+                (frames, words["keyframe"], config.max_sentences),
+                (persons, words["person"], config.max_person_sentences),
+            ):
+                prompts = Prompts(words["system"], question, words["repair"])
+                asked = [Subject(key, jpeg) for key, jpeg in subjects.items()]
+                options = (config.pictures_per_request, config.sentinels, config.max_tokens)
                 captions |= caption_pictures(self._model, asked, prompts, limit, *options)
-            except AlignmentError as error:
-                raise ComputationError(f"captions of {keyframes[0]['film_id']}: {error}") from None
+            self._check(frames, captions)
+        except AlignmentError as error:
+            raise ComputationError(f"captions of {keyframes[0]['film_id']}: {error}") from None
         faces_of, identities_of = _group(faces), _group(identities)
         for keyframe in keyframes:
             item, frame = SPEC.item_of(keyframe), keyframe["frame_index"]
             characters = choose_characters(faces_of.get(frame, []), identities_of.get(frame, []))
             yield self._outcome(keyframe, people_of.get(frame, []), characters, captions, broken.get(item))
+
+    def _check(self, frames: dict[str, bytes], captions: "dict[str, Caption]") -> None:
+        """Let CLIP look whether keyframes and captions belong together.
+
+        Raises:
+            AlignmentError: They do not.
+        """
+        from models.chat_captioner import check_fit
+
+        if self._clip is None:
+            return
+        items = [item for item in frames if captions[item].sentences]
+        if items:
+            pictures = self._clip.embed_pictures([_decode(frames[item], "picture", color=True) for item in items])
+            texts = self._clip.embed_texts([" ".join(captions[item].sentences) for item in items])
+            check_fit(pictures, texts)
 
     def _cut(
         self, keyframes: list[Row], people_of: dict[int, list[Row]]
@@ -200,6 +230,15 @@ class Captions:
             sentences = caption_person(image, scene, person, self.config.max_person_sentences)
             rows.append(shared | _about("person", index, characters.get(index), sentences))
         return rows
+
+
+def _open_check(config: CaptionsConfig, weights_dir: Path | None) -> "Clip | None":
+    if not config.asks_model() or config.check_weights is None:
+        return None
+    from models.clip import Clip
+    from models.weights import locate
+
+    return Clip(locate(config.check_weights, weights_dir))
 
 
 def _about(target: str, person_index: int | None, character_index: int | None, sentences: Sequence[str]) -> Row:

@@ -22,7 +22,9 @@ class ChatConfig(StageConfig):
     As long as it asks none, they stay out of the fingerprint.
     """
 
-    model: str | None = Field(None, description="chat model: its name at the endpoint, or its local folder")
+    model: str | None = Field(
+        None, description="chat model: its name at the endpoint; without one a name of `weights list` or local folder"
+    )
     prompts: str = Field("1", description="version of the prompts, or a folder with files of the same names")
     max_tokens: int = Field(2048, ge=16, description="longest answer of the chat model")
     endpoint_url: str | None = neutral(
@@ -53,9 +55,18 @@ class ChatConfig(StageConfig):
         """Names of the prompts that the stage reads."""
         raise NotImplementedError
 
+    def weights(self) -> tuple[str, ...]:
+        """The model, where it runs here."""
+        return (str(self.model),) if self.asks_model() and self.endpoint_url is None else ()
+
     def recipe(self) -> dict[str, Any]:
-        """The settings that change results; of a chat model also what is asked, word by word."""
+        """The settings that change results; of a chat model also what is asked, word by word.
+
+        A model that runs here enters by what it holds, not by where it lies.
+        """
         values = super().recipe()
+        if self.endpoint_url is None:
+            del values["model"]
         if not self.asks_model():
             own = ChatConfig.model_fields.keys() - StageConfig.model_fields.keys()
             return {name: value for name, value in values.items() if name not in own}
@@ -80,13 +91,14 @@ def load_prompts(version: str, names: tuple[str, ...]) -> dict[str, str]:
         ) from None
 
 
-def open_chat_model(config: ChatConfig) -> "ChatModel":
+def open_chat_model(config: ChatConfig, weights_dir: Path | None = None) -> "ChatModel":
     """The chat model that a stage's settings describe."""
     name = str(config.model)
     if config.endpoint_url is None:
         from models.vision_language import LocalChatModel
+        from models.weights import locate
 
-        return LocalChatModel(Path(name).expanduser(), config.concurrency)
+        return LocalChatModel(locate(name, weights_dir), config.concurrency)
     from models.answers import AnswerBook
     from models.chat_endpoint import Endpoint, EndpointModel
 

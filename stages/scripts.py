@@ -70,7 +70,7 @@ class Scripts:
 
     def __init__(self, config: ScriptsConfig, weights_dir: Path | None = None) -> None:
         self.config = config
-        self._model = open_chat_model(config) if config.asks_model() else None
+        self._model = open_chat_model(config, weights_dir) if config.asks_model() else None
 
     def __call__(self, *, keyframes: list[Row], captions: list[Row]) -> Iterator[Outcome]:
         """Yield one outcome for each keyframe.

@@ -94,13 +94,24 @@ def _save(folder: Path, family: type, config: object, tokenizer: PreTrainedToken
     for name, weight in model.named_parameters():  # at the usual small scale all prompts get the same answer
         if weight.dim() > 1 and "norm" not in name:
             torch.nn.init.normal_(weight, std=0.5)
-    # Ends at many letters, so that answers are short.
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(0, 256, 16)]
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():  # ends at many letters, so that answers are short
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(0, 256, 16)]
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     for part in (tokenizer, *parts):
         part.save_pretrained(folder)
     return folder
+
+
+def save_clip(folder: Path) -> Path:
+    """CLIP, with one token a byte."""
+    tokenizer = make_tokenizer()
+    towers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 77, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers.CLIPConfig(
+        text_config=towers | words, vision_config=towers | {"image_size": 28, "patch_size": 14}, projection_dim=16
+    )
+    return _save(folder, transformers.CLIPModel, config, tokenizer)
 
 
 def save_grounding_dino(folder: Path) -> Path:

@@ -4,6 +4,7 @@ import sys
 import pytest
 
 from flows.profile import ExplainedProfile
+from models.weights import TABLE
 from stages.errors import ProfileError
 
 
@@ -63,3 +64,10 @@ def test_planning_imports_nothing_heavy():
     code = f"import flows.cli, flows.commands, sys; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_papers_profile_names_weights_of_the_table() -> None:
+    profile = ExplainedProfile("paper").profile
+    assert {"grounding_dino", "sam2", "buffalo_l", "farl", "longclip_l", "llama2_7b"} <= set(profile.weights())
+    assert set(profile.weights()) <= set(TABLE)
+    assert profile.dream.face_models == profile.faces.models

@@ -19,7 +19,7 @@ from stages.scripts import Scripts, ScriptsConfig
 from stages.spec import Fail, Ok, Row
 from tests.chat_server import NAME, ScriptedServer, completion, run_chat_server
 from tests.stages.test_captions import HEIGHT, WIDTH, face, identity, keyframe, person
-from tests.tiny_checkpoints import save_qwen3_vl
+from tests.tiny_checkpoints import save_clip, save_qwen3_vl
 
 COLORS = {"red": (200, 20, 20), "green": (20, 160, 40), "blue": (20, 40, 200), "yellow": (240, 220, 20),
           "white": (250, 250, 250), "black": (5, 5, 5), "gray": (127, 127, 127)}  # fmt: skip
@@ -179,6 +179,13 @@ def test_rules_keep_their_recipe_and_a_models_words_are_part_of_its():
     assert one.recipe() != one.model_copy(update={"model": "b"}).recipe()
 
 
+def test_a_model_that_runs_here_enters_the_recipe_by_what_it_holds():
+    here, there = (CaptionsConfig(captioner="vlm", model=place) for place in ("/a/model", "/b/model"))
+    assert here.recipe() == there.recipe()
+    assert (here.weights(), CaptionsConfig().weights()) == (("/a/model",), ())
+    assert CaptionsConfig(captioner="vlm", model="a", endpoint_url="http://x/v1").weights() == ()
+
+
 def test_other_prompts_are_another_recipe_and_absent_ones_are_named(tmp_path):
     for name in ("system", "keyframe", "person", "repair"):
         (tmp_path / f"{name}.txt").write_text("Say {count} {ids} {sentences}.")
@@ -318,6 +325,44 @@ def test_a_model_from_a_folder_is_asked_in_this_process(config, tmp_path):
     (outcome,) = caption(asked, FRAMES[:1])
     assert isinstance(outcome, Fail), "a random model writes no JSON"
     assert re.search("cut off after|answered twice what cannot be used", outcome.error)
+
+
+class ColorSpace:
+    """In the place of CLIP: pictures and texts as their colour's own direction."""
+
+    def embed_pictures(self, pictures: list[np.ndarray]) -> np.ndarray:
+        return self.embed_texts([name_color(picture[:, :, ::-1]) for picture in pictures])
+
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        return np.float32([[color in text for color in COLORS] for text in texts])
+
+
+def test_captions_that_do_not_fit_their_keyframes_are_not_kept(config, tmp_path):
+    frames = [colored(30 * i, color) for i, color in enumerate([*COLORS, *COLORS])]
+    checked = {"sentinels": 0, "check_weights": str(save_clip(tmp_path / "clip"))}
+    turned = [*COLORS][1:] + [*COLORS][:1]
+
+    def wrong(body: dict[str, Any]) -> Any:
+        status, headers, text = see(body)
+        for color, other in zip(COLORS, turned, strict=True):
+            text = text.replace(f"A {color} thing", f"A {other.upper()} thing")
+        return status, headers, text.lower().replace("a ", "A ")
+
+    for respond, kept in ((see, True), (wrong, False)):
+        with ScriptedServer(respond) as server:
+            asked = config(server.url, answers=tmp_path / f"{kept}.sqlite", **checked)
+            assert asked.weights() == (str(tmp_path / "clip"),)
+            stage = Captions(asked)
+            assert stage._clip.embed_texts(["A thing."]).shape == (1, 16)
+            stage._clip = ColorSpace()
+            inputs = {"keyframes": frames, "people": [], "faces": [], "identities": []}
+            if kept:
+                assert all(isinstance(outcome, Ok) for outcome in stage(**inputs))
+            else:
+                with pytest.raises(
+                    ComputationError, match="captions of film: captions fit their own pictures no better"
+                ):
+                    list(stage(**inputs))
 
 
 def test_a_real_model_captions_by_its_schema(config, tmp_path):
