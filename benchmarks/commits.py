@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flows.ingest import FILM_STAGES
 from flows.profile import ExplainedProfile, Profile
-from models.weights import identity
+from models.weights import identities
 from stages.spec import StageSpec
 from stages.worker import UnitResult
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, digest_json
@@ -81,7 +81,7 @@ def describe_film(film_id: str, profile: Profile) -> Iterator[tuple[UnitResult, 
         inputs = {kind: made[kind] for kind in spec.inputs if kind in made}
         digests = {kind: [made[kind].digest if kind in made else digest_json(film_id)] for kind in spec.inputs}
         config = profile.config(spec)
-        weights = {name: identity(name) for name in config.weights()}
+        weights = identities(config.recipe_weights())
         recipe = Recipe(spec.name, spec.version, config.recipe(), weights, digests)
         result = _result(film_id, spec)
         made[spec.output] = Artifact(

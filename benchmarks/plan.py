@@ -26,7 +26,7 @@ from flows.plan import STAGES, choose_films, make_plan
 from flows.profile import ExplainedProfile, Profile
 from flows.sources import Film
 from flows.workspace import Workspace
-from models.weights import identity
+from models.weights import identities
 from storage.artifacts import Recipe, artifact_id, digest_json
 from storage.catalog import artifact, current_ref, film, ref, utc_now
 
@@ -38,7 +38,7 @@ def recipes(profile: Profile, film_id: str, digest: str) -> Iterator[tuple[str, 
     digests = {"films": digest}
     for spec in FILM_STAGES:
         config = profile.config(spec)
-        weights = {name: identity(name) for name in config.weights()}
+        weights = identities(config.recipe_weights())
         inputs = {kind: [digests.get(kind, digest)] for kind in spec.inputs}
         recipe = Recipe(spec.name, spec.version, config.recipe(), weights, inputs)
         digests[spec.output] = digest_json([film_id, spec.name])

@@ -160,7 +160,12 @@ def list_weights(as_json: bool) -> None:
 @click.argument("names", nargs=-1)
 @click.option("--profile", default="embedded", show_default=True, help="Whose weights, where none is named.")
 @click.option("--from", "source", type=click.Path(path_type=Path, exists=True), help="Take them from a folder.")
-@click.option("--dir", "weights_dir", type=click.Path(path_type=Path), help="Folder; default ~/.cache/moviedreamer.")
+@click.option(
+    "--dir",
+    "weights_dir",
+    type=click.Path(path_type=Path),
+    help="Where to; default: as the profile says.",
+)
 def pull(names: tuple[str, ...], profile: str, source: Path | None, weights_dir: Path | None) -> None:
     """Fetch what is missing of some weights, or of all that a profile needs.
 
@@ -174,9 +179,10 @@ def pull(names: tuple[str, ...], profile: str, source: Path | None, weights_dir:
 
     if unknown := [name for name in names if name not in TABLE]:
         raise UsageError(f"weights {unknown[0]!r} are unknown: expected some of {', '.join(TABLE)}")
+    settings = ExplainedProfile(profile).profile
+    weights_dir = weights_dir or settings.engine.weights_dir
     if not names:
-        needed = ExplainedProfile(profile).profile.weights()
-        names = (*(name for name in needed if name in TABLE), "demo_films")
+        names = (*(name for name in settings.weights() if name in TABLE), "demo_films")
     pull_weights(names, weights_dir, lambda line: click.echo(line, err=True), source)
 
 
@@ -199,7 +205,6 @@ def _perform(
 ) -> Any:  # fmt: skip
     """Plan; start Prefect and Ray only where something is to be done; print what happened."""
     from flows.commands import Request, walk
-    from flows.ingest import FILM_STAGES
     from flows.pipeline import Pipeline
     from flows.profile import ExplainedProfile, require_weights
 
@@ -212,7 +217,7 @@ def _perform(
     if plan.todo:
         first = plan.todo[0]
         click.echo(f"to do: {first.stage} of {first.subject} ({first.reason}) and what follows", err=True)
-        require_weights(explained.profile, FILM_STAGES if command == "ingest" else None)
+        require_weights(explained.profile, _stages_of(command))
         operations = start_prefect(opened, explained.profile)
         arguments = {key: str(value) for key, value in asked.items() if isinstance(value, Path | str)}
         arguments |= {key: [str(v) for v in value] for key, value in asked.items() if isinstance(value, tuple)}
@@ -232,6 +237,17 @@ def _perform(
     if summary["failed"]:
         sys.exit(EXIT_FAILED)
     return opened
+
+
+def _stages_of(command: str) -> list[str]:
+    """The stages that a command may compute: those that look at films, the others, or all."""
+    from flows.ingest import FILM_STAGE_NAMES
+    from flows.profile import Profile
+    from stages.spec import StageConfig
+
+    names = [name for name, field in Profile.model_fields.items() if isinstance(field.default, StageConfig)]
+    looks = command in ("run", "ingest")
+    return [n for n in names if command == "run" or (n in FILM_STAGE_NAMES or n == "shards") == looks]
 
 
 def _compute_nothing(spec: Any, works: Any) -> Any:

@@ -66,7 +66,7 @@ def backfill(
     It can be stopped and called again. More failures than engine.failure_budget allows stop it.
     """
     from flows.backfill import BackfillRequest, plan_backfill
-    from flows.ingest import FILM_STAGES
+    from flows.ingest import FILM_STAGE_NAMES
     from flows.pipeline import Pipeline
     from flows.profile import ExplainedProfile, require_weights
 
@@ -81,7 +81,7 @@ def backfill(
         return
     summary: dict[str, Any] = {"computed": {}, "reused_items": {}, "failed": [], "batches": []}
     if planned.batches or any(group.due and group.stage == "shards" for group in planned.plan.groups):
-        require_weights(explained.profile, FILM_STAGES)
+        require_weights(explained.profile, FILM_STAGE_NAMES)
         operations = start_prefect(opened, explained.profile)
         summary = operations.backfill(profile=profile, workspace=str(workspace), settings=list(settings), **asked)
     _print_backfill(summary, as_json)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flows.profile import ExplainedProfile
+from flows.profile import ExplainedProfile, Profile
 from flows.workspace import Workspace
 from models.weights import TABLE, missing_files
 from stages.errors import MoviedreamerError
@@ -38,7 +38,7 @@ def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
         _disk(workspace),
         _workspace(workspace),
     ]
-    rows += [_package(name) for name in PACKAGES]
+    rows += [_package(name) for name in (*PACKAGES, *_optional_packages(settings))]
     rows.append(_row("accelerator", True, _accelerator(), ""))
     for name in settings.weights():
         missing = missing_files(name, settings.engine.weights_dir)
@@ -51,6 +51,15 @@ def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
     server = os.environ.get("PREFECT_API_URL", "none: a temporary one is started for each run")
     rows.append(_row("prefect server", True, server.rpartition("@")[2], ""))
     return rows
+
+
+def _optional_packages(settings: Profile) -> list[str]:
+    """Packages that only some settings need."""
+    wanted = {
+        "insightface": settings.faces.models.uses_insightface(),
+        "groundingdino-py": settings.people.detector == "grounding_dino_original",
+    }
+    return [name for name, used in wanted.items() if used]
 
 
 def _row(check: str, ok: bool, found: str, remedy: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ FILM_STAGES = (
     captions.SPEC,
     scripts.SPEC,
 )
+FILM_STAGE_NAMES = tuple(spec.name for spec in FILM_STAGES)
 HELDOUT_SPLITS = {"test", "val", "valid", "validation", "heldout"}
 NEWEST_SNAPSHOT = "snapshot/newest"
 

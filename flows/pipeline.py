@@ -115,12 +115,12 @@ class Pipeline:
         **config: Any,
     ) -> Work:
         """Describe a stage on a subject; `config` sets fields of its settings that depend on the inputs."""
-        from models.weights import identity
+        from models.weights import identities
 
         settings = self.profile.config(spec)
         if config:
             settings = settings.model_copy(update=config)
-        weights = {name: identity(name, self.profile.engine.weights_dir) for name in settings.weights()}
+        weights = identities(settings.recipe_weights(), self.profile.engine.weights_dir)
         return Work(spec, settings, subject, inputs, weights, source)
 
 

@@ -11,7 +11,7 @@ from flows.ingest import FILM_STAGES, HELDOUT_SPLITS, shard_name
 from flows.profile import Profile
 from flows.sources import listed_films
 from flows.workspace import Workspace
-from models.weights import identity
+from models.weights import identities
 from stages import keyframes, shards
 from stages.errors import UsageError
 from stages.shards import shard_of
@@ -292,7 +292,7 @@ class _Planner:
 
 
 def _weights(profile: Profile, config: StageConfig) -> dict[str, str]:
-    return {name: identity(name, profile.engine.weights_dir) for name in config.weights()}
+    return identities(config.recipe_weights(), profile.engine.weights_dir)
 
 
 def _fingerprinter(profile: Profile, spec: StageSpec, config: StageConfig) -> Fingerprinter:

@@ -3,13 +3,14 @@
 The only file that reads the environment. Importing it imports every stage's `Config` and `SPEC`, but no torch.
 """
 
+import copy
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from models.weights import TABLE, WeightsError, missing_files
 from stages.animate import AnimateConfig
@@ -50,6 +51,11 @@ class EngineConfig(BaseModel):
     failure_budget: float | None = Field(
         0.05, ge=0, le=1, description="share of films that may fail before a backfill stops; none for any"
     )
+
+    @field_validator("weights_dir")
+    @classmethod
+    def _expand(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path else None
 
 
 class GenerateConfig(BaseModel):
@@ -101,10 +107,9 @@ class Profile(BaseModel):
         """The settings of a stage."""
         return getattr(self, spec.name)
 
-    def weights(self, stages: Iterable[StageSpec] | None = None) -> list[str]:
+    def weights(self, stages: Iterable[str] | None = None) -> list[str]:
         """Names of all weights that these settings need, for some stages or for all."""
-        names = type(self).model_fields if stages is None else [spec.name for spec in stages]
-        configs = [getattr(self, name) for name in names]
+        configs = [getattr(self, name) for name in (type(self).model_fields if stages is None else stages)]
         return sorted({name for config in configs if isinstance(config, StageConfig) for name in config.weights()})
 
 
@@ -145,7 +150,9 @@ class ExplainedProfile:
         merged = self._read(base) if base else {}
         for section, fields in values.items():
             if isinstance(fields, dict):
-                merged[section] = merged.get(section, {}) | fields
+                merged[section] = merged.get(section, {}) | {
+                    name: copy.deepcopy(value) for name, value in fields.items()
+                }
                 self.origins |= {f"{section}.{name}": str(path.name) for name in fields}
             else:
                 merged[section] = fields
@@ -203,7 +210,7 @@ def _explain(error: ValidationError, origins: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def require_weights(profile: Profile, stages: Iterable[StageSpec] | None = None) -> None:
+def require_weights(profile: Profile, stages: Iterable[str] | None = None) -> None:
     """Refuse to start what would fail later for want of weights, those of some stages or of all.
 
     Raises:

@@ -42,7 +42,9 @@ class TemporaryServer:
         home.mkdir(parents=True, exist_ok=True)
         self._empty = not self._database.exists()
         if self._empty and self._template.exists():
-            shutil.copyfile(self._template, self._database)
+            part = self._database.with_suffix(".part")
+            shutil.copyfile(self._template, part)
+            part.replace(self._database)
         self._port = _find_port()
         self._url = f"http://127.0.0.1:{self._port}/api"
         command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
@@ -58,6 +60,8 @@ class TemporaryServer:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.environ["PREFECT_API_URL"] = self._url
+        for name in ("NO_PROXY", "no_proxy"):  # a proxy knows nothing of this machine's servers
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
         atexit.register(self.stop)
 
     def wait(self) -> None:

@@ -81,6 +81,10 @@ class ChatModel(Protocol):
         """
         ...
 
+    def forget(self, requests: Sequence[ChatRequest]) -> None:
+        """Keep no answers to these: they were of no use, and another time the model is to be asked anew."""
+        ...
+
 
 def digest_payload(payload: Mapping[str, Any]) -> str:
     """SHA-256 of a request's body: equal requests get the answer that the first one got."""

@@ -9,8 +9,9 @@ Where CLIP is at hand, it says in the end whether captions fit their own picture
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ def caption_pictures(
     pictures_per_request: int = 1,
     sentinels: int = 0,
     max_tokens: int = 1024,
+    check: Callable[[dict[str, Caption]], None] = lambda captions: None,
 ) -> dict[str, Caption]:
     """Caption pictures.
 
@@ -104,8 +106,10 @@ def caption_pictures(
         prompts: What is asked.
         max_sentences: Of one picture; what is beyond is cut off.
         pictures_per_request: Pictures in one question.
-        sentinels: Plain pictures that are asked about among the others.
+        sentinels: Plain pictures that are asked about among the others; where a question holds several pictures, each
+            has one, if any are wanted.
         max_tokens: Longest answer, a picture.
+        check: Raises an `AlignmentError` where captions do not fit their pictures. Then no answer is kept.
 
     Returns:
         Key to caption, for each subject.
@@ -116,26 +120,34 @@ def caption_pictures(
     """
     if not subjects:
         return {}
-    plain = [_make_sentinel(subjects, index) for index in range(sentinels)]
-    mixed = _mix([*subjects], [subject for subject, _ in plain])
-    groups = [mixed[start : start + pictures_per_request] for start in range(0, len(mixed), pictures_per_request)]
+    groups = [list(subjects[at : at + pictures_per_request]) for at in range(0, len(subjects), pictures_per_request)]
+    plain = _add_sentinels(groups, sentinels, pictures_per_request)
     requests = [_ask_about(group, index, prompts, max_sentences, max_tokens) for index, group in enumerate(groups)]
+    asked = list(requests)
     found: dict[str, Caption] = {}
-    again: list[tuple[list[Subject], ChatRequest]] = []
+    again: list[tuple[list[Subject], ChatRequest, ChatRequest]] = []
     for group, request, answer in zip(groups, requests, model.ask(requests), strict=True):
         try:
             found |= _read(group, answer, max_sentences)
         except ValueError as problem:
             text = prompts.repair.format(question=request.text, answer=answer.text, problem=problem)
-            again.append((group, ChatRequest(**{**vars(request), "text": text})))
-    for (group, request), answer in zip(again, model.ask([request for _, request in again]), strict=True):
+            again.append((group, request, replace(request, text=text)))
+    asked += [repaired for _, _, repaired in again]
+    answers = model.ask([repaired for _, _, repaired in again])
+    for (group, request, repaired), answer in zip(again, answers, strict=True):
         try:
             found |= _read(group, answer, max_sentences)
         except ValueError as problem:
+            model.forget([request, repaired])
             failed = Caption(error=f"request {request.key}: the model answered twice what cannot be used: {problem}")
             found |= {subject.key: failed for subject in group}
-    for subject, color in plain:
-        _check_sentinel(found.pop(subject.key), color)
+    try:
+        for subject, color in plain:
+            _check_sentinel(found.pop(subject.key), color)
+        check(found)
+    except AlignmentError:
+        model.forget(asked)
+        raise
     return found
 
 
@@ -174,6 +186,8 @@ def _read_sentences(picture_id: str, value: Any, max_sentences: int) -> tuple[st
     if not isinstance(value, list) or not all(isinstance(sentence, str) for sentence in value):
         raise ValueError(f"under {picture_id} is no list of sentences: {json.dumps(value)[:100]}")
     sentences = [" ".join(sentence.split()) for sentence in value]
+    for sentence in sentences:
+        sentence.encode()  # half of a letter is a ValueError here
     sentences = list(dict.fromkeys(sentence for sentence in sentences if sentence))
     if not sentences:
         raise ValueError(f"it says nothing of {picture_id}")
@@ -191,6 +205,8 @@ def parse_json_object(text: str) -> dict[str, Any]:
         value = json.loads(text[start : end + 1] if 0 <= start < end else text)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError(f"it is a JSON {type(value).__name__}, expected an object")
     return value
@@ -198,26 +214,31 @@ def parse_json_object(text: str) -> dict[str, Any]:
 
 def _make_sentinel(subjects: Sequence[Subject], index: int) -> tuple[Subject, str]:
     """A plain picture, whose colour depends on the pictures around it."""
-    digest = hashlib.sha256("".join(subject.picture_id for subject in subjects).encode() + bytes([index])).digest()
+    told = "".join(subject.picture_id for subject in subjects) + str(index)
+    digest = hashlib.sha256(told.encode()).digest()
     color = list(SENTINEL_COLORS)[digest[0] % len(SENTINEL_COLORS)]
     image = np.full((SENTINEL_PX, SENTINEL_PX, 3), SENTINEL_COLORS[color], np.uint8)
     return Subject(f"sentinel-{index}-{digest.hex()[:8]}", encode_jpeg(image)), color
 
 
-def _mix(subjects: list[Subject], plain: Sequence[Subject]) -> list[Subject]:
-    """Plain pictures among the others, evenly, never first."""
-    mixed = subjects
-    for index, subject in enumerate(plain):
-        place = max(1, (index + 1) * len(subjects) // (len(plain) + 1) + index)
-        mixed = [*mixed[:place], subject, *mixed[place:]]
-    return mixed
+def _add_sentinels(groups: list[list[Subject]], sentinels: int, pictures_per_request: int) -> list[tuple[Subject, str]]:
+    """Put plain pictures among the others: into each group of several pictures, or as groups of their own."""
+    if pictures_per_request == 1:
+        subjects = [subject for group in groups for subject in group]
+        plain = [_make_sentinel(subjects, index) for index in range(sentinels)]
+        groups += [[subject] for subject, _ in plain]
+        return plain
+    plain = [_make_sentinel(group, index) for index, group in enumerate(groups)] if sentinels else []
+    for group, (subject, _) in zip(groups, plain, strict=False):
+        group.insert(len(group) // 2, subject)
+    return plain
 
 
 def _check_sentinel(caption: Caption, color: str) -> None:
     if caption.error:
         return  # it was not answered, and says nothing about the others
     said = " ".join(caption.sentences)
-    if color not in said.lower():
+    if not re.search(rf"\b{color}\b", said.lower()):
         raise AlignmentError(
             f"a picture that is all {color} was described as {said[:200]!r}: answers may stand beside the wrong "
             "pictures, none is kept; check the endpoint and the model, or set sentinels=0 for a model that is too weak"

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import tenacity
@@ -18,10 +19,13 @@ import tenacity
 from models.answers import AnswerBook
 from models.chat import ChatAnswer, ChatError, ChatRequest, digest_payload
 
-BUSY = {408, 409, 425, 429, 500, 502, 503, 504, 529}
-"""Status codes that may pass."""
-FATAL = {401: "refused the key", 403: "refused the key", 404: "knows no such model or path"}
+BUSY = {408, 409, 425, 429}
+"""Status codes that may pass, beside all from 500 on."""
 LONGEST_WAIT_S = 60.0
+AWAY_AFTER = 3
+"""So many requests in a row that were given up: the endpoint is away, and the others do not wait for it."""
+LETTERS_A_TOKEN = 4
+"""Where an endpoint does not say what an answer cost."""
 
 
 class _BusyError(Exception):
@@ -76,13 +80,21 @@ class EndpointModel:
 
     def __init__(self, endpoint: Endpoint, key: str | None, answers: AnswerBook, key_name: str = "the API key") -> None:
         self._endpoint, self._answers, self._key_name = endpoint, answers, key_name
+        self._place = _without_password(endpoint.url)
+        key = key.strip() if key else None  # a mounted secret often ends in a new line
+        if key and not (key.isascii() and key.isprintable()):
+            raise ChatError(f"the key for {self._place} has letters that no key has: set {key_name} anew")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._away = ""
+        self._away, self._given_up = "", 0
 
     def ask(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer]:
-        """See `ChatModel`. After one request could not connect for all its attempts, the rest do not wait."""
-        self._away = ""
+        """See `ChatModel`. Once the endpoint is found to be away, the rest do not wait for it."""
+        self._away, self._given_up = "", 0
         return asyncio.run(self._ask_all(requests))
+
+    def forget(self, requests: Sequence[ChatRequest]) -> None:
+        """See `ChatModel`."""
+        self._answers.forget(digest_payload(request.payload(self._endpoint.model)) for request in requests)
 
     async def _ask_all(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer]:
         limits = httpx.Limits(max_connections=self._endpoint.concurrency)
@@ -109,16 +121,21 @@ class EndpointModel:
             if reason := self._away or self._over_budget():
                 return ChatAnswer(request.key, None, reason, retryable=True)
             try:
-                text, tokens = await self._send(client, payload)
+                text = await self._send(client, payload)
             except _RefusedError as error:
                 return ChatAnswer(request.key, None, str(error))
             except (_BusyError, httpx.TransportError) as error:
-                reason = f"{self._endpoint.url} did not answer after {self._endpoint.attempts} attempts: {_say(error)}"
-                if isinstance(error, httpx.ConnectError):
-                    self._away = reason
-                return ChatAnswer(request.key, None, reason, retryable=True)
-        self._answers.keep(digest, text, tokens)
+                return ChatAnswer(request.key, None, self._give_up(error), retryable=True)
+        self._given_up = 0
+        self._answers.keep(digest, text)
         return ChatAnswer(request.key, text)
+
+    def _give_up(self, error: Exception) -> str:
+        reason = f"{self._place} did not answer after {self._endpoint.attempts} attempts: {_say(error)}"
+        self._given_up += 1
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout) or self._given_up >= AWAY_AFTER:
+            self._away = reason
+        return reason
 
     def _over_budget(self) -> str:
         limit = self._endpoint.daily_tokens
@@ -126,7 +143,7 @@ class EndpointModel:
             return ""
         return f"the budget of {limit} tokens a day is spent: raise daily_tokens, or run this again tomorrow"
 
-    async def _send(self, client: httpx.AsyncClient, payload: dict[str, Any]) -> tuple[str, int]:
+    async def _send(self, client: httpx.AsyncClient, payload: dict[str, Any]) -> str:
         again = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((_BusyError, httpx.TransportError)),
             stop=tenacity.stop_after_attempt(self._endpoint.attempts),
@@ -142,33 +159,47 @@ class EndpointModel:
         longest = min(self._endpoint.first_wait_s * 2 ** (state.attempt_number - 1), LONGEST_WAIT_S)
         return longest * random.uniform(0.5, 1.0)
 
-    async def _send_once(self, client: httpx.AsyncClient, payload: dict[str, Any]) -> tuple[str, int]:
-        answer = await client.post("chat/completions", json=payload)
-        code = answer.status_code
-        if code in FATAL:
-            remedy = f"set {self._key_name}" if code != 404 else "check endpoint_url and model"
-            raise ChatError(f"{self._endpoint.url} {FATAL[code]} ({code}, model {self._endpoint.model!r}): {remedy}")
-        if code in BUSY:
+    async def _send_once(self, client: httpx.AsyncClient, payload: dict[str, Any]) -> str:
+        try:
+            async with asyncio.timeout(self._endpoint.timeout_s):
+                answer = await client.post("chat/completions", json=payload)
+        except TimeoutError:
+            raise _BusyError(f"no whole answer within {self._endpoint.timeout_s:g} s") from None
+        code, told = answer.status_code, _shorten(answer.text)
+        if code in (401, 403) or (code == 400 and "api key" in told.lower()):
+            raise ChatError(f"{self._place} refused the key ({code}): set {self._key_name}")
+        if code in (402, 404, 405) or 300 <= code < 400:
+            about = {402: "credit", 404: "endpoint_url and model"}.get(code, "endpoint_url")
+            raise ChatError(f"{self._place} answers nothing ({code}, model {self._endpoint.model!r}): check {about}")
+        if code in BUSY or code >= 500:
             raise _BusyError(f"status {code}", _read_seconds(answer.headers.get("Retry-After")))
         if code != 200:
-            raise _RefusedError(f"{self._endpoint.url} refused the request ({code}): {_shorten(answer.text)}")
-        return _read_completion(answer, int(payload["max_tokens"]))
+            raise _RefusedError(f"{self._place} refused the request ({code}): {told}")
+        return self._read_completion(answer, payload)
+
+    def _read_completion(self, answer: httpx.Response, payload: dict[str, Any]) -> str:
+        """The text; what it cost is noted, whether or not it is of use."""
+        try:
+            body = answer.json()
+            choice = body["choices"][0]
+            text = choice["message"]["content"]
+            tokens = int((body.get("usage") or {}).get("total_tokens") or 0)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            told = _shorten(answer.text)
+            raise _BusyError(f"an answer that is no chat completion ({error!r}): {told}") from None
+        letters = len(answer.text) + len(json.dumps(payload["messages"]))
+        self._answers.spend(tokens or letters // LETTERS_A_TOKEN)
+        if choice.get("finish_reason") == "length":
+            raise _RefusedError(f"the answer was cut off after {payload['max_tokens']} tokens: raise max_tokens")
+        if not isinstance(text, str) or not text.strip():
+            raise _BusyError("an empty answer")
+        return text
 
 
-def _read_completion(answer: httpx.Response, max_tokens: int) -> tuple[str, int]:
-    """The text, and the tokens that question and answer cost."""
-    try:
-        body = answer.json()
-        choice = body["choices"][0]
-        text = choice["message"]["content"]
-        tokens = int((body.get("usage") or {}).get("total_tokens") or 0)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise _BusyError(f"an answer that is no chat completion ({error!r}): {_shorten(answer.text)}") from None
-    if choice.get("finish_reason") == "length":
-        raise _RefusedError(f"the answer was cut off after {max_tokens} tokens: raise max_tokens")
-    if not isinstance(text, str) or not text.strip():
-        raise _BusyError("an empty answer")
-    return text, tokens
+def _without_password(url: str) -> str:
+    """The URL as it may be shown."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def _read_seconds(text: str | None) -> float | None:
@@ -179,6 +210,9 @@ def _read_seconds(text: str | None) -> float | None:
 
 
 def _say(error: Exception) -> str:
+    """An error for a person. A protocol error's own words may hold the headers, and with them the key."""
+    if isinstance(error, httpx.LocalProtocolError):
+        return type(error).__name__
     return f"{type(error).__name__}: {error}" if isinstance(error, httpx.TransportError) else str(error)
 
 

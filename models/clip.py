@@ -36,7 +36,7 @@ class Clip:
     def __init__(self, folder: Path, device: str | None = None) -> None:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise WeightsError(f"no CLIP at {folder}: {str(error).strip().splitlines()[0]}") from error

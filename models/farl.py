@@ -28,7 +28,7 @@ class Farl:
     """FaRL's picture side.
 
     Args:
-        path: The upstream `.pth` file, or what `weights convert` made of it.
+        path: The upstream `.pth` file, or what `weights pull` made of it.
         device: Where it runs; None takes an accelerator where there is one.
 
     Attributes:

@@ -36,7 +36,9 @@ class GroundingDino:
     def __init__(self, folder: Path, prompt: str, device: str | None = None) -> None:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            model = GroundingDinoForObjectDetection.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            model = GroundingDinoForObjectDetection.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            )
             self._pictures = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:

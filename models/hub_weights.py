@@ -13,8 +13,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 TEXTS = ("*.json", "*.txt", "*.jinja", "*.model")
@@ -55,16 +55,20 @@ class HubWeight:
         return f"{self.repo}@{(self.revision or '')[:8]}" if self.repo else self.origin
 
     def identity(self, root: Path) -> str:
-        """A digest over what it is: the commit, or for what was brought by hand the digests of its files."""
-        told = f"{self.repo}@{self.revision}" if self.repo else json.dumps(_read_manifest(root), sort_keys=True)
+        """A digest over what it is: the commit, or for what came out of a folder the digests of its files."""
+        manifest = _read_manifest(root)
+        told = f"{self.repo}@{self.revision}" if self.repo else "absent"
+        if manifest and not manifest["from_hub"]:
+            told = json.dumps(manifest["files"], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()
 
     def missing(self, root: Path) -> list[Path]:
         """Files that are not there; without a manifest, the manifest itself."""
-        known = _read_manifest(root)
-        return [root / name for name in known if not (root / name).is_file()] if known else [root / MANIFEST]
+        manifest = _read_manifest(root)
+        known = manifest["files"] if manifest else (MANIFEST,)
+        return [root / name for name in known if not (root / name).is_file()]
 
-    def fetch(self, name: str, root: Path, source: Path | None, report: Callable[[str], None]) -> None:
+    def fetch(self, name: str, root: Path, source: Path | None, report: Callable[[str], None], alone: bool) -> None:
         """Bring the files into `root`, whole or not at all.
 
         Args:
@@ -72,27 +76,31 @@ class HubWeight:
             root: Where they go.
             source: A folder to take them from: theirs, or one that holds it under `name` or the repository's name.
             report: Told what is being done.
+            alone: Whether no other weights are asked for: only then may `source` itself hold their files, because
+                those of several models have the same names.
 
         Raises:
             FetchError: They cannot be had.
         """
+        root = root.resolve()
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{name}-") as scratch:
-            folder = self._bring(name, source, Path(scratch), report)
+            folder = self._bring(name, source, Path(scratch), report, alone)
             made = Path(scratch) / "made"
             self._keep(name, folder, made)
-            digests = {path.relative_to(made).as_posix(): _digest(path) for path in sorted(made.rglob("*"))
+            files = {path.relative_to(made).as_posix(): _digest(path) for path in sorted(made.rglob("*"))
                        if path.is_file()}  # fmt: skip
-            (made / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+            manifest = {"from_hub": source is None, "files": files}
+            (made / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             shutil.rmtree(root, ignore_errors=True)
             made.replace(root)
 
-    def _bring(self, name: str, source: Path | None, scratch: Path, report: Callable[[str], None]) -> Path:
+    def _bring(self, name: str, source: Path | None, scratch: Path, report: Callable[[str], None], alone: bool) -> Path:
         if source is not None:
-            tried = [source / name, source / (self.repo or name).rpartition("/")[2], source]
+            tried = [source / name, source / (self.repo or name).rpartition("/")[2], *([source] if alone else [])]
             found = next((path for path in tried if self._select(path)), None)
             if found is None:
-                raise FetchError(f"{source} holds no {name}: expected {', '.join(self.files)} in it, or in {tried[0]}")
+                raise FetchError(f"{source} holds no {name}: expected {', '.join(self.files)} in {tried[0]}")
             return found
         if self.repo is None:
             raise FetchError(f"{name} is on no hub: {self.origin}; then `moviedreamer weights pull {name} --from DIR`")
@@ -114,13 +122,18 @@ class HubWeight:
         """The files of a folder that are kept; none where a pattern is not matched."""
         if not folder.is_dir():
             return []
-        names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-        wanted = [[name for name in names if fnmatchcase(name.as_posix(), pattern)] for pattern in self.files]
+        wanted = [sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in self.files]
+        if self.converts and not wanted[0]:  # converted before, by another host
+            wanted[0] = sorted(folder.glob(f"{Path(self.files[0]).stem}.safetensors"))
         if not all(wanted):
             return []
-        texts = [name for name in names if any(fnmatchcase(name.as_posix(), text) for text in TEXTS)]
-        return list(dict.fromkeys([*(name for some in wanted for name in some), *texts]))
+        chosen = [path for some in wanted for path in some]
+        texts: list[Path] = []
+        if self.repo:  # tokenizers and settings, only where the weights' own files lie
+            places = sorted({path.parent for path in chosen})
+            texts = [path for place in places for text in TEXTS for path in sorted(place.glob(text))]
+        kept = dict.fromkeys(path.relative_to(folder) for path in (*chosen, *texts))
+        return [name for name in kept if name.name != MANIFEST and not name.name.startswith(".")]
 
     def _keep(self, name: str, folder: Path, made: Path) -> None:
         for chosen in self._select(folder):
@@ -142,11 +155,13 @@ def _convert(name: str, source: Path, target: Path) -> None:
         raise FetchError(f"cannot convert {source}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
 
 
-def _read_manifest(root: Path) -> dict[str, str]:
+def _read_manifest(root: Path) -> dict[str, Any]:
+    """`from_hub`, and `files`: name to SHA-256; empty where there is none."""
     try:
-        return json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+        found = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if {"from_hub", "files"} <= found.keys() else {}
 
 
 def _digest(path: Path) -> str:

@@ -44,7 +44,7 @@ class RegistryWeight:
         """Files that are not there."""
         return [root / Path(m).name for m in self.members if not (root / Path(m).name).is_file()]
 
-    def fetch(self, name: str, root: Path, source: Path | None, report: Callable[[str], None]) -> None:
+    def fetch(self, name: str, root: Path, source: Path | None, report: Callable[[str], None], alone: bool) -> None:
         """Bring the files into `root`; from a folder of wheels where `source` is given.
 
         Raises:

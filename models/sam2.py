@@ -35,7 +35,7 @@ class Sam2:
     def __init__(self, folder: Path, device: str | None = None) -> None:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            model = Sam2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            model = Sam2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise WeightsError(f"no SAM 2 at {folder}: {str(error).strip().splitlines()[0]}") from error
         self._model = model.eval().to(self._device)

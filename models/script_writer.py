@@ -9,7 +9,7 @@ captions are ours.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -174,27 +174,28 @@ class _Walk:
         """Ask all questions of a step; ask once more where an answer cannot be used."""
         found: dict[str, Kind] = {}
         again: dict[str, str] = {}
-        for key, answer in self._ask(kind, questions):
+        for key, answer, _ in self._ask(kind, questions):
             try:
                 found |= self._read(kind, key, answer)
             except ValueError as problem:
                 question = questions[key]
                 again[key] = self.prompts.repair.format(question=question, answer=answer.text, problem=problem)
-        for key, answer in self._ask(kind, again):
+        for key, answer, request in self._ask(kind, again):
             try:
                 found |= self._read(kind, key, answer)
             except ValueError as problem:
+                self.model.forget([request, replace(request, text=questions[key])])
                 told = f"the model answered twice what cannot be used: {problem}"
                 self.failed[key] = WrittenScript(error=told)
         return found
 
-    def _ask(self, kind: type[BaseModel], questions: dict[str, str]) -> list[tuple[str, ChatAnswer]]:
+    def _ask(self, kind: type[BaseModel], questions: dict[str, str]) -> list[tuple[str, ChatAnswer, ChatRequest]]:
         schema = _plain_schema(kind)
         requests = [
             ChatRequest(key, text, self.prompts.system, schema=schema, max_tokens=self.max_tokens)
             for key, text in questions.items()
         ]
-        return list(zip(questions, self.model.ask(requests), strict=True))
+        return list(zip(questions, self.model.ask(requests), requests, strict=True))
 
     def _read(self, kind: type[Kind], key: str, answer: ChatAnswer) -> dict[str, Kind]:
         """The answer of one keyframe, if there is one.
@@ -210,6 +211,7 @@ class _Walk:
         except ValidationError as error:
             problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()[:3]]
             raise ValueError("; ".join(problems)) from None
+        value.model_dump_json().encode()  # half of a letter is a ValueError here
         if isinstance(value, TracedScript):
             _check_script(self.frames[key], value, self.max_sentences)
         return {key: value}

@@ -68,9 +68,16 @@ class LocalChatModel:
             batch = requests[start : start + self._batch]
             try:
                 answers += self._answer(batch)
-            except (OSError, ValueError) as error:  # a picture that cannot be read, a prompt that does not fit
+            except (
+                OSError,
+                ValueError,
+                torch.OutOfMemoryError,
+            ) as error:  # a broken picture, a prompt that does not fit
                 answers += self._answer_one_by_one(batch) if len(batch) > 1 else [_refuse(batch[0], error)]
         return answers
+
+    def forget(self, requests: Sequence[ChatRequest]) -> None:
+        """See `ChatModel`: nothing is kept here."""
 
     def _answer_one_by_one(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer]:
         answers: list[ChatAnswer] = []
@@ -91,7 +98,10 @@ class LocalChatModel:
         inputs = {"input_ids": words["input_ids"], "attention_mask": words["attention_mask"]} | seen
         if "image_grid_thw" in seen and self._eyes:  # Qwen tells positions in pictures by which tokens stand for them
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self._eyes.token_id).int()
-        inputs = {name: value.to(self._device) for name, value in inputs.items()}
+        dtype = self._model.dtype
+        inputs = {
+            name: value.to(self._device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
+        }
         length, limit = inputs["input_ids"].shape[1], max(request.max_tokens for request in requests)
         temperature = requests[0].temperature
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -110,7 +120,9 @@ class LocalChatModel:
         if request.system:
             system: Any = [{"type": "text", "text": request.system}] if self._eyes else request.system
             messages.insert(0, {"role": "system", "content": system})
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        start = self._tokenizer.bos_token or ""
+        return prompt if prompt.startswith(start) else start + prompt
 
     def _read(self, request: ChatRequest, tokens: torch.Tensor) -> ChatAnswer:
         ends = set(_as_list(self._model.generation_config.eos_token_id))
@@ -155,7 +167,7 @@ class _Eyes:
         filled = []
         for text in texts:
             first, *rest = text.split(self._token)
-            filled.append(first + "".join(self._token * next(left) + part for part in rest))
-        if next(left, None) is not None:
-            raise ValueError("the chat template leaves no room for a picture")
+            filled.append(first + "".join(self._token * next(left, 0) + part for part in rest))
+        if sum(text.count(self._token) for text in filled) != sum(counts):
+            raise ValueError("the prompt has not as much room for pictures as there are")
         return filled, seen

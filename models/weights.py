@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from models.hub_weights import FetchError
 from models.weights_table import TABLE
@@ -61,6 +62,17 @@ def _digest_ends(root: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
+def identities(names: Iterable[str], weights_dir: Path | None = None) -> dict[str, str]:
+    """Name to identity; the user's own weights go by their identity alone, so that they may be moved."""
+    found = {name: identity(name, weights_dir) for name in names}
+    return {name if name in TABLE else digest: digest for name, digest in found.items()}
+
+
+def without_places(values: dict[str, Any], *fields: str) -> dict[str, Any]:
+    """Settings without those of the fields that say where the user's own weights lie."""
+    return {name: value for name, value in values.items() if name not in fields or value in TABLE}
+
+
 def folder(name: str, weights_dir: Path | None = None) -> Path:
     """The local folder that holds the files of `name`.
 
@@ -90,8 +102,9 @@ def missing_files(name: str, weights_dir: Path | None = None) -> list[Path]:
     Raises:
         WeightsError: The name is neither in the table nor a path.
     """
-    if name not in TABLE and {"/", "~"} & set(name):
-        return [path for path in [Path(name).expanduser()] if not path.exists()]
+    path = Path(name).expanduser()
+    if name not in TABLE and ({"/", "~"} & set(name) or path.exists()):
+        return [] if path.exists() else [path]
     if name not in TABLE:
         raise WeightsError(f"weights '{name}' are unknown: expected one of {', '.join(TABLE)}")
     return TABLE[name].missing((weights_dir or DEFAULT_DIR) / name)
@@ -114,11 +127,14 @@ def pull(
     Raises:
         WeightsError: Some cannot be fetched, or a file is not the one expected.
     """
+    names, problems = list(names), []
     for name in names:
         if not missing_files(name, weights_dir):
             report(f"{name}: present")
             continue
         try:
-            TABLE[name].fetch(name, (weights_dir or DEFAULT_DIR) / name, source, report)
-        except FetchError as error:
-            raise WeightsError(str(error)) from error
+            TABLE[name].fetch(name, (weights_dir or DEFAULT_DIR) / name, source, report, alone=len(names) == 1)
+        except FetchError as error:  # the others may still be had
+            problems.append(str(error))
+    if problems:
+        raise WeightsError("\n".join(problems))

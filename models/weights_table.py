@@ -170,7 +170,7 @@ TABLE: dict[str, RegistryWeight | HubWeight] = {
         "sentence encoder, 768 numbers, 248 positions",
         None,
         None,
-        ("longclip-L.pt",),
+        ("longclip-L.pt", "tokenizer.json"),
         "Apache-2.0",
         495,
         "put longclip-L.pt of LongCLIP, and tokenizer.json of clip_vit_l14, into a folder",

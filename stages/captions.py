@@ -6,7 +6,7 @@ faces, light, colours of scene and clothing, motion. It names nothing else, and 
 same sentences.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from pydantic import Field
 
 from stages.chat import ChatConfig, load_prompts, open_chat_model
 from stages.errors import ComputationError
-from stages.spec import Fail, Ok, Outcome, Row, StageSpec, neutral
+from stages.spec import Fail, Ok, Outcome, Row, StageSpec
 
 if TYPE_CHECKING:
     from models.chat_captioner import Caption
@@ -35,10 +35,11 @@ class CaptionsConfig(ChatConfig):
     max_sentences: int = Field(12, ge=1, le=15, description="Sentences of a keyframe, the most telling first.")
     max_person_sentences: int = Field(6, ge=1, le=15, description="Sentences of a person, the most telling first.")
     pictures_per_request: int = Field(1, ge=1, description="Pictures that the model is asked about at once.")
-    sentinels: int = neutral(
+    sentinels: int = Field(
         1,
-        "plain pictures among those of a unit, whose colour the model has to name, or nothing of the unit is kept",
         ge=0,
+        description="Plain pictures among those of a unit, whose colour the model has to name, or nothing of the unit "
+        "is kept; one in each question that holds several pictures.",
     )
     check_weights: str | None = Field(
         None,
@@ -52,6 +53,10 @@ class CaptionsConfig(ChatConfig):
         checks = (self.check_weights,) if self.asks_model() and self.check_weights else ()
         return (*super().weights(), *checks)
 
+    def recipe_weights(self) -> tuple[str, ...]:
+        """A check changes no caption."""
+        return super().weights()
+
     def asks_model(self) -> bool:
         """Rules need none."""
         return self.captioner == "vlm"
@@ -64,7 +69,7 @@ class CaptionsConfig(ChatConfig):
         """What a model is asked about at once says nothing of rules."""
         values = super().recipe()
         if not self.asks_model():
-            del values["pictures_per_request"]
+            del values["pictures_per_request"], values["sentinels"]
         return values
 
 
@@ -127,9 +132,9 @@ class Captions:
             ):
                 prompts = Prompts(words["system"], question, words["repair"])
                 asked = [Subject(key, jpeg) for key, jpeg in subjects.items()]
-                options = (config.pictures_per_request, config.sentinels, config.max_tokens)
+                check = self._check_of(frames) if subjects is frames else lambda captions: None
+                options = (config.pictures_per_request, config.sentinels, config.max_tokens, check)
                 captions |= caption_pictures(self._model, asked, prompts, limit, *options)
-            self._check(frames, captions)
         except AlignmentError as error:
             raise ComputationError(f"captions of {keyframes[0]['film_id']}: {error}") from None
         faces_of, identities_of = _group(faces), _group(identities)
@@ -138,21 +143,19 @@ class Captions:
             characters = choose_characters(faces_of.get(frame, []), identities_of.get(frame, []))
             yield self._outcome(keyframe, people_of.get(frame, []), characters, captions, broken.get(item))
 
-    def _check(self, frames: dict[str, bytes], captions: "dict[str, Caption]") -> None:
-        """Let CLIP look whether keyframes and captions belong together.
-
-        Raises:
-            AlignmentError: They do not.
-        """
+    def _check_of(self, frames: dict[str, bytes]) -> "Callable[[dict[str, Caption]], None]":
+        """Lets CLIP look whether keyframes and captions belong together; raises an `AlignmentError` where not."""
         from models.chat_captioner import check_fit
 
-        if self._clip is None:
-            return
-        items = [item for item in frames if captions[item].sentences]
-        if items:
+        def check(captions: "dict[str, Caption]") -> None:
+            items = [item for item in frames if captions[item].sentences]
+            if self._clip is None or not items:
+                return
             pictures = self._clip.embed_pictures([_decode(frames[item], "picture", color=True) for item in items])
             texts = self._clip.embed_texts([" ".join(captions[item].sentences) for item in items])
             check_fit(pictures, texts)
+
+        return check
 
     def _cut(
         self, keyframes: list[Row], people_of: dict[int, list[Row]]
@@ -189,7 +192,7 @@ class Captions:
         if failed := next((key for key in keys if captions[key].error), None):
             return Fail(item, f"{place}, picture {failed}: {captions[failed].error}", captions[failed].retryable)
         shared = {"film_id": keyframe["film_id"], "frame_index": keyframe["frame_index"]}
-        shared["captioner"] = f"vlm {Path(str(self.config.model)).name}"
+        shared["captioner"] = f"vlm {self.config.model}" if self.config.endpoint_url else "vlm"
         rows = [shared | _about("keyframe", None, None, captions[item].sentences)]
         for row in people:
             index = row["person_index"]

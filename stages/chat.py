@@ -55,6 +55,10 @@ class ChatConfig(StageConfig):
         """Names of the prompts that the stage reads."""
         raise NotImplementedError
 
+    def is_heavy(self) -> bool:
+        """A chat model that runs here is."""
+        return self.asks_model() and self.endpoint_url is None
+
     def weights(self) -> tuple[str, ...]:
         """The model, where it runs here."""
         return (str(self.model),) if self.asks_model() and self.endpoint_url is None else ()

@@ -42,11 +42,12 @@ class DreamConfig(StageConfig):
 
     def weights(self) -> tuple[str, ...]:
         """Of sentences, faces and reference pictures."""
-        return (self.text_encoder, "dinov2_small", *self.face_models.weights())
+        return tuple(dict.fromkeys((self.text_encoder, "dinov2_small", *self.face_models.weights())))
 
     def recipe(self) -> dict[str, Any]:
         """Weights enter by what they hold, not by where they lie."""
-        return super().recipe() | {"face_models": self.face_models.recipe()}
+        values = weights.without_places(super().recipe(), "text_encoder")
+        return values | {"face_models": self.face_models.recipe()}
 
 
 SPEC = StageSpec(

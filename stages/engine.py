@@ -209,8 +209,9 @@ class Engine:
         counts: Counter = sum((Counter(r.counts) for r in results), Counter())
         error = next((r.error for r in results if r.error), None)
         if error is None and counts["fail"] and counts["fail"] == counts.total():
-            error, retryable = self._first_reject(results)
-            self._record(work, item.units[0], UnitResult(error=error, counts=dict(counts), retryable=retryable), 1)
+            error = self._first_reject(results)
+            for unit, result in zip(item.units, results, strict=True):
+                self._record(work, unit, UnitResult(error=error, counts=result.counts), 1)
         if error is not None:
             report.failed[work.subject] = error
             return
@@ -219,11 +220,10 @@ class Engine:
         report.done[work.subject] = self._commit(work, results, dict(counts))
         log.debug("%s: %s committed", spec.name, work.subject)
 
-    def _first_reject(self, results: Sequence[UnitResult]) -> tuple[str, bool]:
-        """Why the first item of a subject failed, and whether trying again may help."""
+    def _first_reject(self, results: Sequence[UnitResult]) -> str:
+        """Why the first item of a subject failed."""
         rejected = [f for result in results for f in result.files if f.name.startswith("rejects-")]
-        row = next(read_rows(self._store, rejected))
-        return row["reason"], row["outcome"] == "retry"
+        return next(read_rows(self._store, rejected))["reason"]
 
     def _commit(self, work: Work, results: Sequence[UnitResult], counts: dict[str, int]) -> Artifact:
         spec, recipe = work.spec, work.recipe

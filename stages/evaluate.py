@@ -34,11 +34,11 @@ from models.measures import (
     Number,
 )
 from stages.errors import ComputationError
+from stages.face_choice import FaceChoice
 from stages.spec import Inputs, Progress, Row, StageConfig, StageSpec, neutral
 
 if TYPE_CHECKING:
-    from models.face_detector import CenterFace
-    from models.face_embedder import DlibFace
+    from models.face_models import FaceModels
     from models.image_encoder import DinoV2
 
 FEATURES = "DINOv2-S (hidden states after layer 8, mean over patches)"
@@ -55,11 +55,16 @@ class EvaluateConfig(StageConfig):
     identity_distance: float = Field(
         0.5, gt=0, description="Distance to the mean identity embedding up to which a face is the character's."
     )
+    face_models: FaceChoice = Field(FaceChoice(), description="As `models` of the faces stage; LT asks them.")
     batch: int = neutral(8, "Pictures encoded at once.", ge=1)
 
     def weights(self) -> tuple[str, ...]:
         """The feature space, and the face models of LT."""
-        return ("dinov2_small", "centerface", "dlib_face")
+        return tuple(dict.fromkeys(("dinov2_small", *self.face_models.weights())))
+
+    def recipe(self) -> dict[str, Any]:
+        """Weights enter by what they hold, not by where they lie."""
+        return super().recipe() | {"face_models": self.face_models.recipe()}
 
 
 SPEC = StageSpec(
@@ -153,20 +158,17 @@ class Evaluate:
         return DinoV2(self.weights_dir)
 
     @cached_property
-    def _face_models(self) -> tuple["CenterFace", "DlibFace"]:
-        from models.face_detector import CenterFace
-        from models.face_embedder import DlibFace
-
-        return CenterFace(self.weights_dir), DlibFace(self.weights_dir)
+    def _face_models(self) -> "FaceModels":
+        return self.config.face_models.open(self.weights_dir)
 
     def _identify(self, jpeg: bytes) -> np.ndarray:
         """Identity embeddings of the faces in a picture."""
         from models.face_embedder import align_face
 
-        detector, embedder = self._face_models
         image = _decode(jpeg, "generated picture")
-        found = detector.detect(image, self.config.face_score)
-        return embedder.embed([align_face(image, points) for points in found.landmarks])
+        found = self._face_models.detect(image, self.config.face_score)
+        chips = [align_face(image, points) for points in found.landmarks]
+        return self._face_models.identify(image, found.landmarks, chips)
 
     def _measure_long_term(
         self, pictures: list[Row] | None, dream: list[Row] | None, faces: FilmFaces, steps: "_Steps"
@@ -192,9 +194,9 @@ class Evaluate:
             return LONG_TERM.missing("no picture of a frame that asks for a character's face")
         return LONG_TERM.computed(
             float(np.mean(hits)),
-            f"{sum(hits)} of {len(hits)} pairs of frame and character; CenterFace with score from "
-            f"{self.config.face_score}, dlib identity with distance to the character's mean up to "
-            f"{self.config.identity_distance}",
+            f"{sum(hits)} of {len(hits)} pairs of frame and character; {self.config.face_models.detector} with score "
+            f"from {self.config.face_score}, {self.config.face_models.identity} identity with distance to the "
+            f"character's mean up to {self.config.identity_distance}",
         )
 
 

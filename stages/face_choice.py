@@ -22,14 +22,21 @@ class FaceChoice(BaseModel):
     insightface_weights: str = Field("buffalo_l", description="InsightFace: name of `weights list` or local folder")
     farl_weights: str = Field("farl", description="FaRL: name of `weights list`, local file or folder")
 
+    def is_heavy(self) -> bool:
+        """Whether one of them wants an accelerator."""
+        return (self.detector, self.conditioning, self.identity) != ("centerface", "dinov2", "dlib")
+
+    def uses_insightface(self) -> bool:
+        """Whether one of them is InsightFace's."""
+        return self.detector == "insightface" or self.identity == "arcface"
+
     def weights(self) -> tuple[str, ...]:
         """Names of those that are used."""
-        insightface = self.detector == "insightface" or self.identity == "arcface"
         used = {
             "centerface": self.detector == "centerface",
             "dinov2_small": self.conditioning == "dinov2",
             "dlib_face": self.identity == "dlib",
-            self.insightface_weights: insightface,
+            self.insightface_weights: self.uses_insightface(),
             self.farl_weights: self.conditioning == "farl",
         }
         return tuple(name for name, wanted in used.items() if wanted)

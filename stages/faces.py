@@ -27,6 +27,10 @@ class FacesConfig(StageConfig):
     max_faces: int = Field(10, ge=1, description="faces kept in a keyframe, highest score first")
     jpeg_quality: int = Field(95, ge=1, le=100, description="quality of the stored aligned faces")
 
+    def is_heavy(self) -> bool:
+        """InsightFace and FaRL are."""
+        return self.models.is_heavy()
+
     def weights(self) -> tuple[str, ...]:
         """Weights of the detector and both embedders."""
         return self.models.weights()

@@ -9,11 +9,11 @@ Source: paper appendix B, which takes Grounding DINO with the prompt "person" an
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.spec import Fail, Ok, Outcome, Row, Skip, StageConfig, StageSpec
 
@@ -40,6 +40,16 @@ class PeopleConfig(StageConfig):
     min_face_share: float = Field(
         0.08, ge=0, le=1, description="shorter side of such a face at least, as a part of the picture's shorter side"
     )
+
+    @model_validator(mode="after")
+    def _check_original(self) -> Self:
+        if self.detector == "grounding_dino_original" and "/" not in self.detector_weights:
+            raise ValueError("grounding_dino_original needs detector_weights: a folder with the .pth, its .py and BERT")
+        return self
+
+    def is_heavy(self) -> bool:
+        """Grounding DINO and SAM 2 are."""
+        return self.detector != "ssdlite" or self.masks == "sam2"
 
     def weights(self) -> tuple[str, ...]:
         """Weights of the detector, the masks and the faces."""

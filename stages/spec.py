@@ -51,13 +51,21 @@ class StageConfig(BaseModel):
     gpus: float | None = Field(
         None,
         ge=0,
-        description="accelerators a worker asks for, where there are any; none: what the stage asks for",
+        description="accelerators a worker asks for, where there are any; none: one where its models are large",
         json_schema_extra={"neutral": True},
     )
+
+    def is_heavy(self) -> bool:
+        """Whether these settings choose models that want an accelerator of their own."""
+        return False
 
     def weights(self) -> tuple[str, ...]:
         """Weights that these settings need: names in `models.weights.TABLE`, or paths of the user's own."""
         return ()
+
+    def recipe_weights(self) -> tuple[str, ...]:
+        """Those of the weights that change results."""
+        return self.weights()
 
     def recipe(self) -> dict[str, Any]:
         """The settings that change results, as plain JSON values."""
@@ -140,7 +148,8 @@ class StageSpec:
 
     def gpus_for(self, config: StageConfig) -> float:
         """Accelerators a worker asks for under some settings."""
-        return self.gpus if config.gpus is None else config.gpus
+        own = max(self.gpus, float(config.is_heavy()))
+        return own if config.gpus is None else config.gpus
 
     def item_of(self, row: Row) -> str:
         """The identity of an input row within its film, for example `42` or `42-1`."""

@@ -31,6 +31,10 @@ class TokenizeConfig(StageConfig):
         """The text encoder, and the image encoder in front of the compressor."""
         return (self.text_encoder, "dinov2_small")
 
+    def recipe(self) -> dict[str, Any]:
+        """Weights enter by what they hold, not by where they lie."""
+        return weights.without_places(super().recipe(), "text_encoder")
+
 
 SPEC = StageSpec(
     name="tokenize",

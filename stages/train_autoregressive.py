@@ -71,6 +71,10 @@ class TrainAutoregressiveConfig(StageConfig):
         """The language model."""
         return (self.trunk,)
 
+    def recipe(self) -> dict[str, Any]:
+        """Weights enter by what they hold, not by where they lie."""
+        return weights.without_places(super().recipe(), "trunk")
+
 
 SPEC = StageSpec(
     name="train_autoregressive",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from stages.errors import ComputationError, FilmError, MoviedreamerError, StageError
 from stages.spec import Fail, Ok, Outcome, Progress, Row, Skip, StageConfig, StageSpec, no_progress
@@ -219,6 +220,8 @@ class Worker:
                 _write_outcome(outcome, table, rejects, counts)
                 progress(done, len(items), "")
             parts = table.close() + rejects.close(keep_empty=False)
+            if counts["retry"]:
+                return _put_off(counts, Path(folder))
             _insist(may_store, spec, unit)
             files = [
                 self._results.put(path, f"{path.stem}-{unit.index:05d}{path.suffix}", rows) for path, rows in parts
@@ -271,6 +274,16 @@ class Worker:
             rows = read_rows(self._store, unit.inputs[role], (min(frames), max(frames)))
             others[role] = [row for row in rows if row["frame_index"] in wanted]
         return items, others
+
+
+def _put_off(counts: Counter, folder: Path) -> UnitResult:
+    """What becomes of a unit with items that may work another time: nothing is stored, or they would be lost."""
+    rows = (row for path in sorted(folder.glob("rejects-*")) for row in pq.read_table(path).to_pylist())
+    first = next(row for row in rows if row["outcome"] == "retry")
+    error = (
+        f"{counts['retry']} of {counts.total()} items are to be tried again, such as {first['item']}: {first['reason']}"
+    )
+    return UnitResult(error=error, counts=dict(counts), retryable=True)
 
 
 def _merged(order: list[str], kept: dict[str, Outcome], computed: Iterator[Outcome]) -> Iterator[Outcome]:
@@ -333,7 +346,7 @@ def _write_outcome(outcome: Outcome, table: TableWriter, rejects: TableWriter, c
             counts[f"skip:{reason}"] += 1
         case Fail(item=item, error=error, retryable=retryable):
             rejects.write({"item": item, "outcome": "retry" if retryable else "fail", "reason": error})
-            counts["fail"] += 1
+            counts["retry" if retryable else "fail"] += 1
 
 
 def _describe(error: Exception) -> str:

@@ -129,9 +129,53 @@ def test_what_does_not_pass_is_an_error_that_may_be_tried_another_day(turn, text
 def test_a_slow_server_is_given_up_after_the_time_limit(book):
     with fickle(GOOD, delay_s=0.6) as server:
         (answer,) = model(server.url, book, timeout_s=0.2, attempts=1).ask([ChatRequest("a", "?")])
-    assert answer.text is None and answer.retryable and "ReadTimeout" in answer.error
+    assert answer.text is None and answer.retryable and "no whole answer within 0.2 s" in answer.error
 
 
-def test_an_unknown_model_stops_everything(book):
-    with fickle((404, {}, "{}")) as server, pytest.raises(ChatError, match="knows no such model or path"):
+@pytest.mark.parametrize(
+    ("turn", "problem"),
+    [((404, {}, "{}"), "check endpoint_url and model"), ((402, {}, ""), "check credit"),
+     ((307, {"Location": "http://x/"}, ""), "check endpoint_url"), ((400, {}, "Invalid API key"), "refused the key")],
+)  # fmt: skip
+def test_what_holds_for_all_requests_stops_everything(turn, problem, book):
+    with fickle(turn) as server, pytest.raises(ChatError, match=problem):
         model(server.url, book).ask([ChatRequest(str(i), "?") for i in range(3)])
+
+
+def test_no_secret_is_told(book):
+    with pytest.raises(ChatError, match="set the variable MY_KEY anew") as caught:
+        model("http://me:password@127.0.0.1:9/v1", book, key="sk-secr\net")
+    assert "secr" not in str(caught.value) and "password" not in str(caught.value)
+    (answer,) = model("http://me:password@127.0.0.1:9/v1", book, key="sk-secret\n").ask([ChatRequest("a", "?")])
+    assert "secret" not in answer.error and "password" not in answer.error and "127.0.0.1:9/v1" in answer.error
+
+
+def test_an_answer_of_no_use_costs_and_is_asked_for_anew(book):
+    request = ChatRequest("a", "?")
+    with fickle(GOOD, completion("no")) as server:
+        asked = model(server.url, book)
+        assert asked.ask([request])[0].text == "yes"
+        assert asked.ask([request])[0].text == "yes", "an answer that was kept"
+        assert book.spent_today() == 7
+        asked.forget([request])
+        assert asked.ask([request])[0].text == "no"
+        assert book.spent_today() == 14
+
+
+def test_what_a_cut_off_or_empty_answer_cost_counts(book):
+    cut = (200, {}, json.dumps({"choices": [{"message": {"content": "x"}, "finish_reason": "length"}]}))
+    empty = completion(" ")
+    with fickle(cut, empty) as server:
+        asked = model(server.url, book)
+        asked.ask([ChatRequest("a", "?" * 400)])
+        assert book.spent_today() >= 100, "estimated, where the endpoint does not say"
+        spent = book.spent_today()
+        asked.ask([ChatRequest("b", "?")])
+        assert book.spent_today() == spent + 14
+
+
+def test_an_endpoint_that_stays_busy_is_not_asked_by_all(book):
+    with fickle((503, {}, "")) as server:
+        answers = model(server.url, book, concurrency=1).ask([ChatRequest(str(i), "?") for i in range(20)])
+        assert all(answer.retryable for answer in answers)
+        assert len(server.seen) == 6, "three requests of two attempts each"

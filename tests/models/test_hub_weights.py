@@ -32,12 +32,14 @@ def test_a_folder_is_taken_as_it_is_and_listed(brought, place):
     source, into = brought
     save_grounding_dino(source / place)
     (source / place / "README.md").write_text("not needed")
+    (source / place / "private").mkdir()
+    (source / place / "private" / "letter.txt").write_text("not theirs")
     assert missing_files("grounding_dino", into) == [into / "grounding_dino" / MANIFEST]
     pull(["grounding_dino"], into, print, source)
     assert missing_files("grounding_dino", into) == []
     kept = folder("grounding_dino", into)
-    assert set(json.loads((kept / MANIFEST).read_text())) >= {"model.safetensors", "config.json"}
-    assert not (kept / "README.md").exists()
+    assert set(json.loads((kept / MANIFEST).read_text())["files"]) >= {"model.safetensors", "config.json"}
+    assert not (kept / "README.md").exists() and not (kept / "private").exists()
     GroundingDino(kept, "person", "cpu")
     (kept / "config.json").unlink()
     assert missing_files("grounding_dino", into) == [kept / "config.json"]
@@ -81,7 +83,28 @@ def test_what_was_brought_by_hand_is_told_apart_by_its_files(brought):
     torch.save({"visual.proj": torch.ones(2, 2)}, source / "FaRL-a.pth")
     pull(["farl"], into, print, source)
     assert identity("farl", into) != first
-    assert identity("sdxl", into) == identity("sdxl", source), "what comes from a hub is told by its commit"
+    again = into.parent / "another host"
+    pull(["farl"], again, print, into)
+    assert identity("farl", again) == identity("farl", into), "converted weights may be handed on"
+
+
+def test_a_folders_weights_are_not_taken_for_those_of_the_hubs_commit(brought):
+    source, into = brought
+    absent = identity("grounding_dino", into)
+    assert absent == identity("grounding_dino", source), "what comes from a hub is told by its commit"
+    save_grounding_dino(source / "grounding_dino")
+    pull(["grounding_dino"], into, print, source)
+    assert identity("grounding_dino", into) != absent
+
+
+def test_what_cannot_be_had_does_not_keep_the_others_from_coming(brought):
+    source, into = brought
+    save_grounding_dino(source / "grounding_dino")
+    save_grounding_dino(source)  # files of the same names as SAM 2's
+    with pytest.raises(WeightsError, match="holds no farl") as caught:
+        pull(["farl", "grounding_dino", "sam2"], into, print, source)
+    assert "holds no sam2" in str(caught.value)
+    assert missing_files("grounding_dino", into) == []
 
 
 def test_what_is_not_there_is_said_with_the_remedy(brought):

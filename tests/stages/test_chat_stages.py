@@ -83,7 +83,8 @@ def test_each_caption_stands_beside_its_own_keyframe_and_person(config, pictures
     assert {row["captioner"] for row in rows} == {f"vlm {NAME}"}
     assert {name for row in rows for name in row} == set(CAPTIONS.schema.names)
     asked_about = sum(len(ids_of(body)) for body in server.seen)
-    assert asked_about == len(FRAMES) + 1 + len(people) + 1, "one plain picture among each kind"
+    plain = {1: 2, 4: 3}[pictures]  # one for each kind, or for each question with several pictures
+    assert asked_about == len(FRAMES) + len(people) + plain
 
 
 def test_a_person_is_shown_without_what_is_around(config):
@@ -113,6 +114,44 @@ def test_a_model_that_mixes_up_its_pictures_is_found_and_nothing_is_kept(config)
         pytest.raises(ComputationError, match=r"all \w+ was described as .*none is"),
     ):
         caption(config(server.url, pictures_per_request=7), FRAMES)
+
+
+def test_after_a_mix_up_everything_is_asked_for_anew(config):
+    """Answers beside the wrong pictures are not kept: the endpoint may be mended, and the requests the same."""
+    mended = False
+
+    def respond(body: dict[str, Any]) -> Any:
+        seen = [f"A {name_color(picture)} thing." for picture in pictures_of(body)]
+        told = seen if mended else seen[1:] + seen[:1]
+        return completion(json.dumps({i: [text] for i, text in zip(ids_of(body), told, strict=True)}))
+
+    with ScriptedServer(respond) as server:
+        asked = config(server.url, pictures_per_request=3)
+        with pytest.raises(ComputationError):
+            caption(asked, FRAMES)
+        mended = True
+        assert all(isinstance(outcome, Ok) for outcome in caption(asked, FRAMES))
+
+
+def test_half_of_a_letter_fails_its_keyframe_alone(config):
+    def odd(body: dict[str, Any]) -> Any:
+        if name_color(pictures_of(body)[0]) != "green":
+            return see(body)
+        return completion(json.dumps({ids_of(body)[0]: ["A smile \ud83d."]}))
+
+    with ScriptedServer(odd) as server:
+        outcomes = caption(config(server.url, sentinels=0), FRAMES)
+    assert [type(outcome) for outcome in outcomes] == [Ok, Fail, Ok, Ok, Ok, Ok]
+
+
+def test_a_word_that_holds_a_colours_name_is_not_that_colour(config):
+    def vague(body: dict[str, Any]) -> Any:
+        return completion(
+            json.dumps({i: ["Coloured, reddish, greenish, whitened, blacked, bluish."] for i in ids_of(body)})
+        )
+
+    with ScriptedServer(vague) as server, pytest.raises(ComputationError, match="was described as"):
+        caption(config(server.url), FRAMES)
 
 
 def test_answers_that_were_exchanged_on_their_way_are_found(config):
@@ -174,7 +213,7 @@ def test_a_keyframe_that_cannot_be_read_fails_alone(config):
 def test_rules_keep_their_recipe_and_a_models_words_are_part_of_its():
     assert set(CaptionsConfig().recipe()) == {"captioner", "max_sentences", "max_person_sentences"}
     one = CaptionsConfig(captioner="vlm", model="a", endpoint_url="http://x/v1")
-    assert one.recipe() == one.model_copy(update={"endpoint_url": "http://y/v1", "sentinels": 3}).recipe()
+    assert one.recipe() == one.model_copy(update={"endpoint_url": "http://y/v1", "concurrency": 3}).recipe()
     assert one.recipe()["prompts"].startswith("1 ")
     assert one.recipe() != one.model_copy(update={"model": "b"}).recipe()
 

@@ -114,6 +114,14 @@ def test_a_failed_item_is_kept_and_others_go_on(bench):
     assert artifact.counts == {"ok": 9, "fail": 1}
 
 
+def test_an_item_that_may_work_another_time_holds_its_film_back_and_is_not_lost(bench, tmp_path):
+    report = bench.double(bench.count("a"), mode="retry_once", marker=str(tmp_path / "seen"))
+    assert "1 of 10 items are to be tried again, such as 0: frame 0 came at a bad time" in report.failed["a"]
+    assert all(row["result"]["retryable"] for row in bench.catalog.failures())
+    again = bench.double(bench.count("a"), mode="retry_once", marker=str(tmp_path / "seen")).done["a"]
+    assert again.counts == {"ok": 10}
+
+
 @pytest.mark.parametrize(
     ("mode", "message"), [("forget", "no outcome for 1 items"), ("twice", "outcome for item 0 twice")]
 )

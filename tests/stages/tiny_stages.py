@@ -71,6 +71,10 @@ class Double:
             if mode == "fail_one" and index == 0:
                 yield Fail("0", "frame 0 is broken")
                 continue
+            if mode == "retry_once" and index == 0 and not marker.exists():
+                marker.touch()
+                yield Fail("0", "frame 0 came at a bad time", retryable=True)
+                continue
             if mode == "interrupt" and index == 3:
                 raise KeyboardInterrupt
             yield Ok(str(row["frame_index"]), [row | {"value": row["value"] * 2}])
