@@ -4,7 +4,8 @@
 
 Makes a catalog in which every film is ingested (no media: a plan reads the catalog alone), then times the command as a
 user would type it: with nothing changed, and with a changed setting that makes one stage of every film stale. The peer
-is the plan that an ingestion makes for itself, film by film with a query each, on a part of the films and scaled up.
+asks the catalog about each film and stage, on a part of the films and scaled up. `ingest_s` is how long an ingestion of
+all films takes to find that there is nothing to do, without the start of Python.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from flows.workspace import Workspace
 from models.weights import identities
 from storage.artifacts import Recipe, artifact_id, digest_json
 from storage.catalog import artifact, current_ref, film, ref, utc_now
+from storage.plan import decide
 
 PEER_FILMS = 500
 
@@ -86,11 +88,16 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     cold_s, _, _ = run_plan(folder)
     unchanged_s, unchanged_mb, unchanged = run_plan(folder)
     changed_s, changed_mb, changed = run_plan(folder, "--set", "captions.max_sentences=3")
+    films = [Film(row["film_id"], row["uri"], row["digest"]) for row in workspace.catalog.films()]
+    started = time.perf_counter()
+    for made in films[:PEER_FILMS]:
+        for kind, recipe, _ in recipes(profile, made.film_id, made.digest):
+            decide(workspace.catalog, kind, made.film_id, recipe)
+    peer_s = (time.perf_counter() - started) * count / min(count, PEER_FILMS)
     started = time.perf_counter()
     walked = Pipeline(workspace, profile)
-    some = workspace.catalog.films()[:PEER_FILMS]
-    ingest_films(walked, [Film(row["film_id"], row["uri"], row["digest"]) for row in some])
-    peer_s = (time.perf_counter() - started) * count / min(count, PEER_FILMS)
+    ingest_films(walked, films)
+    ingest_s = time.perf_counter() - started
     started = time.perf_counter()
     bulk = make_plan(workspace, profile, *choose_films(workspace, None), STAGES)
     ours_s = time.perf_counter() - started
@@ -98,7 +105,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
     due = {row["stage"]: row["stale"] + row["blocked"] for row in changed["stages"]}
     return {
         "ratio": round(peer_s / ours_s, 1),
-        "peer": f"one query a film and stage, as an ingestion plans, on {min(count, PEER_FILMS)} films and scaled up",
+        "peer": f"one query a film and stage, on {min(count, PEER_FILMS)} films and scaled up",
         "same_answer": not walked.todo and all(fresh[spec.name] == count for spec in FILM_STAGES),
         "films": count,
         "artifacts": count * len(FILM_STAGES),
@@ -110,6 +117,7 @@ def measure(folder: Path, count: int) -> dict[str, Any]:
         "changed_due": due,
         "peer_s": round(peer_s, 1),
         "ours_s": round(ours_s, 2),
+        "ingest_s": round(ingest_s, 1),
         "groups": len(bulk.groups),
     }
 

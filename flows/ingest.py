@@ -64,14 +64,14 @@ def pack_shards(pipeline: Pipeline) -> str | None:
     members: dict[int, dict[str, dict[str, tuple[str, str]]]] = {}
     for film_id, parts in _find_whole_films(pipeline, sorted(splits)):
         members.setdefault(shard_of(film_id, pipeline.profile.shards.count), {})[film_id] = parts
-    works = []
+    works, current = [], catalog.current_digests(spec.output)
     for index, films in sorted(members.items()):
         heldout = tuple(f for f in films if (splits[f] or "").lower() in HELDOUT_SPLITS)
         empty = pipeline.work(spec, shard_name(index), {}, heldout_films=heldout)
         digests = {kind: [parts[kind][1] for parts in films.values()] for kind in spec.inputs}
         found = catalog.find(spec.output, empty.subject, replace(empty.recipe, inputs=digests).fingerprint)
         if found is not None:
-            pipeline.keep(found)
+            pipeline.keep(found, current.get(empty.subject))
             continue
         loaded = catalog.artifacts_by_id(part[0] for parts in films.values() for part in parts.values())
         inputs = {kind: [loaded[parts[kind][0]] for parts in films.values()] for kind in spec.inputs}

@@ -62,11 +62,16 @@ class Pipeline:
 
     def step(self, spec: StageSpec, works: Iterable[Work], states: Collection[str] = COMPUTABLE) -> None:
         """One stage on its subjects. What is in none of `states` stays as it is, and what follows waits for it."""
-        stale = []
+        stale, works, catalog = [], list(works), self.workspace.catalog
+        fresh = catalog.find_all(spec.output, {work.subject: work.recipe.fingerprint for work in works})
+        current = catalog.current_digests(spec.output) if fresh and self.runner else {}
         for work in works:
-            decision = decide(self.workspace.catalog, spec.output, work.subject, work.recipe)
-            if decision.artifact is not None:
-                self.keep(decision.artifact)
+            if artifact := fresh.get(work.subject):
+                self.keep(artifact, current.get(work.subject))
+                continue
+            decision = decide(catalog, spec.output, work.subject, work.recipe)
+            if decision.artifact is not None:  # committed just now, by another run
+                self.keep(decision.artifact, None)
             elif decision.state == "failed":
                 self.failed[work.subject] = (spec.name, decision.reason)
             elif decision.state not in states:
@@ -84,14 +89,16 @@ class Pipeline:
             for subject, error in report.failed.items():
                 self.failed[subject] = (spec.name, error)
 
-    def keep(self, artifact: Artifact) -> None:
-        """Take a fresh artifact. Where a setting went back to an earlier value, an earlier one is current again."""
+    def keep(self, artifact: Artifact, current: tuple[str, str] | None) -> None:
+        """Take a fresh artifact. Where a setting went back to an earlier value, an earlier one is current again.
+
+        Args:
+            artifact: The fresh one.
+            current: Id and digest of the subject's current one, as `Catalog.current_digests` tells it.
+        """
         self.fresh += 1
         self.adopt(artifact)
-        if self.runner is None:
-            return
-        current = self.workspace.catalog.current(artifact.kind, artifact.subject)
-        if current is None or current.id != artifact.id:
+        if self.runner and (current is None or current[0] != artifact.id):
             self.workspace.catalog.set_current(artifact)
 
     def adopt(self, artifact: Artifact) -> None:

@@ -106,6 +106,20 @@ class Catalog:
         )
         return found[0] if found else None
 
+    def find_all(self, kind: str, fingerprints: Mapping[str, str]) -> dict[str, Artifact]:
+        """Subject to the artifact that a recipe gave, of those subjects for which there is one.
+
+        Args:
+            kind: Of the artifacts.
+            fingerprints: Subject to the fingerprint of its recipe.
+        """
+        found = {}
+        for some in _chunks(list(fingerprints)):
+            wanted = {fingerprints[subject] for subject in some}
+            conditions = (artifact.c.kind == kind, artifact.c.subject.in_(some), artifact.c.fingerprint.in_(wanted))
+            found |= {a.subject: a for a in self._select(*conditions) if a.fingerprint == fingerprints[a.subject]}
+        return found
+
     def current(self, kind: str, subject: str) -> Artifact | None:
         """The artifact last committed, or last found fresh, for a subject."""
         target = self.get_ref(current_ref(kind, subject))

@@ -31,6 +31,18 @@ def test_commit_and_find(catalog):
     assert made.as_dict()["rows"] == 2
 
 
+def test_many_are_found_at_once_each_by_its_own_recipe(catalog):
+    subjects = [f"film {number}" for number in range(1201)]
+    made = {subject: catalog.commit(make(subject=subject)) for subject in subjects[::100]}
+    catalog.commit(make(subject="film 100", config={"max_people": 1}))
+    catalog.commit(make(kind="faces", subject="film 1"))
+    asked = dict.fromkeys(subjects, make().fingerprint) | {"film 200": make(config={"max_people": 1}).fingerprint}
+    found = catalog.find_all("people", asked)
+    del made["film 200"]
+    assert found == made
+    assert catalog.find_all("people", {}) == {}
+
+
 def test_commit_twice_keeps_the_first(catalog):
     first = catalog.commit(make())
     assert catalog.commit(make(content="2")).digest == first.digest
