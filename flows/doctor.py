@@ -45,7 +45,7 @@ def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
         found = "missing" if missing else "present"
         about, remedy = "yours", "correct the setting, or put them there"
         if weight := TABLE.get(name):
-            about = f"{weight.licence}; {weight.size_mb:,.0f} MB of {weight.carrier}"
+            about = f"{weight.licence}; {weight.size_mb:,.0f} MB; {weight.carrier}"
             remedy = f"moviedreamer weights pull {name}"
         rows.append(_row(f"weights {name}", not missing, f"{found} ({about})", remedy))
     server = os.environ.get("PREFECT_API_URL", "none: a temporary one is started for each run")
