@@ -16,7 +16,7 @@ from numpy import ndarray
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
-from models.weights import WeightsError
+from models.pretrained import choose_device, load_pretrained
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BATCH = 32
@@ -34,15 +34,10 @@ class Clip:
     """
 
     def __init__(self, folder: Path, device: str | None = None) -> None:
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"no CLIP at {folder}: {str(error).strip().splitlines()[0]}") from error
-        self._model = model.eval().to(self._device)
-        self._side = int(model.config.vision_config.image_size)
-        self._longest = int(model.config.text_config.max_position_embeddings)
+        self._device = choose_device(device)
+        self._model, self._tokenizer = load_pretrained("CLIP", folder, self._device, CLIPModel, AutoTokenizer)
+        self._side = int(self._model.config.vision_config.image_size)
+        self._longest = int(self._model.config.text_config.max_position_embeddings)
 
     @torch.inference_mode()
     def embed_pictures(self, pictures: Sequence[UInt8[ndarray, "height width 3"]]) -> Float32[ndarray, "picture dim"]:

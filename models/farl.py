@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from models.openai_clip import describe_vision, rename_vision
+from models.pretrained import choose_device
 from models.weights import WeightsError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -39,7 +40,7 @@ class Farl:
     """
 
     def __init__(self, path: Path, device: str | None = None) -> None:
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = choose_device(device)
         self._model = load_farl(path).to(self._device)
         self._side = int(self._model.config.image_size)
         self.width = int(self._model.config.projection_dim)

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil
 
 from models.person_detector import Persons
+from models.pretrained import choose_device, load_pretrained
 from models.regions import suppress
-from models.weights import WeightsError
 
 SUPPRESSION_IOU = 0.8
 
@@ -34,16 +34,11 @@ class GroundingDino:
     """
 
     def __init__(self, folder: Path, prompt: str, device: str | None = None) -> None:
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            model = GroundingDinoForObjectDetection.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-            self._pictures = GroundingDinoImageProcessorPil.from_pretrained(folder, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"no Grounding DINO at {folder}: {_first_line(error)}") from error
-        self._model = model.eval().to(self._device)
+        self._device = choose_device(device)
+        self._model, self._pictures, tokenizer = load_pretrained(
+            "Grounding DINO", folder, self._device, GroundingDinoForObjectDetection, GroundingDinoImageProcessorPil,
+            AutoTokenizer,
+        )  # fmt: skip
         self._words = tokenizer(normalise_prompt(prompt), return_tensors="pt").to(self._device)
 
     @torch.inference_mode()
@@ -69,7 +64,3 @@ def read_boxes(boxes: Tensor, scores: Tensor, shape: tuple[int, int], min_score:
     kept = np.flatnonzero((values >= min_score) & ((corners[:, 2:] - corners[:, :2]) > 1).all(axis=1))
     kept = kept[suppress(corners[kept], values[kept], SUPPRESSION_IOU)]
     return Persons(corners[kept], values[kept])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

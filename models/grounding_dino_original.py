@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.grounding_dino import normalise_prompt, read_boxes
 from models.person_detector import Persons
+from models.pretrained import choose_device
 from models.weights import WeightsError
 
 SHORT_SIDE_PX, LONG_SIDE_PX = 800, 1333
@@ -45,7 +46,7 @@ class GroundingDinoOriginal:
         bert = folder / "bert-base-uncased"
         if checkpoint is None or config is None or not bert.is_dir():
             raise WeightsError(f"{folder} lacks the .pth checkpoint, its .py settings, or the folder bert-base-uncased")
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = choose_device(device)
         settings = SLConfig.fromfile(str(config))
         settings.device, settings.text_encoder_type = self._device, str(bert)
         package.BertModelWarper = TextEncoder

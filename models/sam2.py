@@ -15,8 +15,8 @@ from PIL import Image
 from torch.nn import functional
 from transformers import Sam2Model
 
+from models.pretrained import choose_device, load_pretrained
 from models.regions import round_out
-from models.weights import WeightsError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -33,13 +33,9 @@ class Sam2:
     """
 
     def __init__(self, folder: Path, device: str | None = None) -> None:
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            model = Sam2Model.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"no SAM 2 at {folder}: {str(error).strip().splitlines()[0]}") from error
-        self._model = model.eval().to(self._device)
-        self._side = int(model.config.prompt_encoder_config.image_size)
+        self._device = choose_device(device)
+        (self._model,) = load_pretrained("SAM 2", folder, self._device, Sam2Model)
+        self._side = int(self._model.config.prompt_encoder_config.image_size)
 
     @torch.inference_mode()
     def segment(

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from models.chat import ChatAnswer, ChatError, ChatRequest
+from models.pretrained import choose_device
 
 IMAGE_PROCESSORS = {
     "deepseek_vl": "DeepseekVLImageProcessorPil",
@@ -43,7 +44,7 @@ class LocalChatModel:
     """
 
     def __init__(self, folder: Path, batch: int = 8, device: str | None = None) -> None:
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = choose_device(device)
         self._batch = batch
         if not (folder / "config.json").is_file():
             raise ChatError(f"no chat model at {folder}: expected a folder with config.json, or set endpoint_url")
