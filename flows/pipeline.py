@@ -59,6 +59,7 @@ class Pipeline:
     reports: list[StageReport] = field(default_factory=list)
     fresh: int = 0
     _made: dict[tuple[str, str], Artifact] = field(default_factory=dict)
+    _identities: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict)
 
     def step(self, spec: StageSpec, works: Iterable[Work], states: Collection[str] = COMPUTABLE) -> None:
         """One stage on its subjects. What is in none of `states` stays as it is, and what follows waits for it."""
@@ -127,7 +128,10 @@ class Pipeline:
         settings = self.profile.config(spec)
         if config:
             settings = settings.model_copy(update=config)
-        weights = identities(settings.recipe_weights(), self.profile.engine.weights_dir)
+        names = settings.recipe_weights()
+        if names not in self._identities:  # read once a walk, not once a film
+            self._identities[names] = identities(names, self.profile.engine.weights_dir)
+        weights = self._identities[names]
         return Work(spec, settings, subject, inputs, weights, source)
 
 

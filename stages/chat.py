@@ -1,5 +1,6 @@
 """Settings of the stages that may ask a chat model, and the model that they describe."""
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -87,12 +88,19 @@ def load_prompts(version: str, names: tuple[str, ...]) -> dict[str, str]:
     """
     folder = PROMPTS_DIR / version if (PROMPTS_DIR / version).is_dir() else Path(version).expanduser()
     try:
-        return {name: (folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in names}
+        paths = {name: folder / f"{name}.txt" for name in names}
+        return {name: _read_prompt(path, path.stat().st_mtime_ns) for name, path in paths.items()}
     except OSError as error:
         known = ", ".join(sorted(path.name for path in PROMPTS_DIR.iterdir() if path.is_dir()))
         raise UsageError(
             f"no prompts {version!r} ({error}): expected {known}, or a folder with {names[0]}.txt"
         ) from None
+
+
+@functools.lru_cache(maxsize=64)
+def _read_prompt(path: Path, modified_ns: int) -> str:
+    """A prompt; read once, though the recipe of every film asks for it."""
+    return path.read_text(encoding="utf-8").strip()
 
 
 def open_chat_model(config: ChatConfig, weights_dir: Path | None = None) -> "ChatModel":
