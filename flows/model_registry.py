@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.pipeline import Pipeline
-from flows.train import TRAIN_STAGES, adopt_snapshot
+from flows.train import TRAIN_STAGES, adopt_snapshot, look_at_shards
 from flows.workspace import Workspace
 from stages import score, tokenize
 from stages.errors import MissingInputError, UsageError
@@ -136,7 +136,10 @@ def score_model(pipeline: Pipeline, model: Model, snapshot: str) -> dict[str, An
     tokens: Artifact | None = model.parts[tokenize.SPEC.output]
     if model.snapshot != snapshot:
         subject = score_subject(snapshot, model.name)
-        inputs = {"shards": pipeline.all("shards"), "autoencoder": [model.parts["autoencoder"]]}
+        seen = look_at_shards(pipeline)
+        if not seen:
+            return None
+        inputs = {"shards": pipeline.all("shards"), "features": seen, "autoencoder": [model.parts["autoencoder"]]}
         pipeline.step(tokenize.SPEC, [pipeline.work(tokenize.SPEC, subject, inputs)])
         tokens = pipeline.get(tokenize.SPEC.output, subject)
     if tokens is None:

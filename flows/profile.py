@@ -19,6 +19,7 @@ from stages.dream import DreamConfig
 from stages.errors import ProfileError
 from stages.evaluate import EvaluateConfig
 from stages.faces import FacesConfig
+from stages.features import FeaturesConfig
 from stages.identities import IdentitiesConfig
 from stages.keyframes import KeyframesConfig
 from stages.people import PeopleConfig
@@ -93,6 +94,7 @@ class Profile(BaseModel):
     captions: CaptionsConfig = CaptionsConfig()
     scripts: ScriptsConfig = ScriptsConfig()
     shards: ShardsConfig = ShardsConfig()
+    features: FeaturesConfig = FeaturesConfig()
     train_autoencoder: TrainAutoencoderConfig = TrainAutoencoderConfig()
     tokenize: TokenizeConfig = TokenizeConfig()
     train_renderer: TrainRendererConfig = TrainRendererConfig()

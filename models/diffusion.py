@@ -187,17 +187,6 @@ def schedule_learning_rate(
     return peak * warmup * fall
 
 
-def draw_batch(count: int, batch: int, step: int, seed: int) -> Int[Tensor, " batch"]:
-    """Indices of one step's samples: every sample once before any comes again, in an order that the seed sets."""
-    places = torch.arange(step * batch, (step + 1) * batch)
-    indices = torch.empty(batch, dtype=torch.long)
-    for epoch in (places // count).unique().tolist():
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        inside = places // count == epoch
-        indices[inside] = order[places[inside] % count]
-    return indices
-
-
 def add_token_noise(
     tokens: Float[Tensor, "batch token dim"], largest: float, generator: torch.Generator
 ) -> Float[Tensor, "batch token dim"]:

@@ -53,9 +53,8 @@ class BlockCosineTransform(nn.Module):
         self.register_buffer("mean", torch.zeros(self.channels))
         self.register_buffer("std", torch.ones(self.channels))
 
-    def fit(self, images: Float[Tensor, "batch 3 height width"]) -> None:
-        """Measure the mean and the scale of each channel on RGB pictures in 0..1."""
-        coefficients = self._transform(images)
+    def fit(self, coefficients: Float[Tensor, "batch channel row column"]) -> None:
+        """Measure the mean and the scale of each channel on what `transform` made of training pictures."""
         spread = coefficients.std(dim=(0, 2, 3)).clamp(min=1e-3)
         self.mean.copy_(coefficients.mean(dim=(0, 2, 3)))
         flat = spread**self.flattening
@@ -68,7 +67,13 @@ class BlockCosineTransform(nn.Module):
         Raises:
             ValueError: A side is not a multiple of the block.
         """
-        return (self._transform(images) - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)
+        return self.normalize(self.transform(images))
+
+    def normalize(
+        self, coefficients: Float[Tensor, "batch channel row column"]
+    ) -> Float[Tensor, "batch channel row column"]:
+        """Bring what `transform` made to about unit scale."""
+        return (coefficients - self.mean.view(1, -1, 1, 1)) / self.std.view(1, -1, 1, 1)
 
     def decode(self, latents: Float[Tensor, "batch channel row column"]) -> Float[Tensor, "batch 3 height width"]:
         """RGB pictures, clamped to 0..1, of latents."""
@@ -81,7 +86,12 @@ class BlockCosineTransform(nn.Module):
         ycbcr = torch.cat(planes, dim=1)
         return (torch.einsum("yp,bphw->byhw", self.to_rgb, ycbcr) + 0.5).clamp(0, 1)
 
-    def _transform(self, images: Tensor) -> Tensor:
+    def transform(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channel row column"]:
+        """The coefficients of RGB pictures in 0..1, of no fixed scale: what does not depend on training.
+
+        Raises:
+            ValueError: A side is not a multiple of the block.
+        """
         height, width = images.shape[-2:]
         if height % self.downscale or width % self.downscale:
             raise ValueError(f"picture is {width}x{height}: both sides must be multiples of {self.downscale}")

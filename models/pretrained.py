@@ -1,4 +1,4 @@
-"""Models of transformers from a local folder, and the device on which adapters run."""
+"""Models of transformers and diffusers from a local folder, and the device on which adapters run."""
 
 from pathlib import Path
 from typing import Any
@@ -29,5 +29,39 @@ def load_pretrained(what: str, folder: Path, device: str, family: Any, *parts: A
     try:
         model = family.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
         return [model.eval().to(device), *(part.from_pretrained(folder, local_files_only=True) for part in parts)]
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"no {what} at {folder}: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_diffusers(what: str, folder: Path, family: Any) -> Any:
+    """A model of diffusers in float32; its half-precision files are taken where there are no others.
+
+    Args:
+        what: Its name in the error.
+        folder: Its own folder of a pipeline, with config.json and safetensors.
+        family: The model's class.
+
+    Raises:
+        WeightsError: The folder lacks it.
+    """
+    halves = bool(list(folder.glob("*.fp16.safetensors")))
+    wholes = any(not path.name.endswith(".fp16.safetensors") for path in folder.glob("*.safetensors"))
+    variant = "fp16" if halves and not wholes else None
+    try:
+        return family.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, variant=variant
+        )
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"no {what} at {folder}: {str(error).strip().splitlines()[0]}") from error
+
+
+def read_diffusers_config(what: str, folder: Path, family: Any) -> dict[str, Any]:
+    """The configuration of a model of diffusers, from which its class builds it with fresh weights.
+
+    Raises:
+        WeightsError: The folder lacks it.
+    """
+    try:
+        return family.load_config(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise WeightsError(f"no {what} at {folder}: {str(error).strip().splitlines()[0]}") from error

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from models.autoencoder import Autoencoder
-from models.latents import write_jpeg
+from models.latents import read_keyframes, write_jpeg
 from models.metrics import pairwise_cosine
+from models.samples import read_samples
 
 RETRIEVAL = (
     "share of keyframes whose reconstruction lies nearest to its own keyframe among all keyframes of its film: "
-    "cosine of DINOv2-S patch features (hidden states after layer 8) of the whole picture, original and "
-    "reconstruction both at the decoder's size (cropped around the middle to its shape, then scaled)"
+    "cosine of the patch features ({encoder}) of the whole picture, original and reconstruction both at the "
+    "decoder's size (cropped around the middle to its shape, then scaled)"
 )
 SAMPLE_SCHEMA = pa.schema(
     [
@@ -54,8 +55,8 @@ def measure_reconstructions(
         held out (null where there are none), with its definition; mean cosine of the features of keyframe and
         reconstruction; peak signal-to-noise ratio in dB.
     """
-    own = functional.normalize(model.extract_features(keyframes).flatten(1), dim=1)
-    made = functional.normalize(model.extract_features(reconstructions).flatten(1), dim=1)
+    own = functional.normalize(model.extract_features(keyframes).flatten(1), dim=1).cpu()
+    made = functional.normalize(model.extract_features(reconstructions).flatten(1), dim=1).cpu()
     hits = np.zeros(len(films), dtype=bool)
     for film in set(films):
         rows = [row for row, name in enumerate(films) if name == film]
@@ -68,12 +69,35 @@ def measure_reconstructions(
         "retrieval_top1_train": hits[seen].mean().item() if seen.any() else None,
         "retrieval_top1_heldout": hits[~seen].mean().item() if not seen.all() else None,
         "retrieval_top1_by_film": {film: hits[np.array(films) == film].mean().item() for film in sorted(set(films))},
-        "retrieval_definition": RETRIEVAL,
+        "retrieval_definition": RETRIEVAL.format(encoder=model.frozen.encoder.described),
         "feature_cosine": (made * own).sum(dim=1).mean().item(),
         "psnr_db": -10 * (keyframes - reconstructions).square().mean().log10().item(),
         "keyframes": len(films),
         "keyframes_heldout": int((~seen).sum()),
     }
+
+
+def choose_evenly(count: int, most: int) -> list[int]:
+    """At most `most` of `count` rows, spread evenly."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist() if count else []
+
+
+def read_chosen(
+    shards: Sequence[Path], keys: Sequence[tuple[str, int]], height_px: int, width_px: int
+) -> Float[Tensor, "batch 3 height width"]:
+    """Keyframes of some films and frame indexes, RGB in 0..1 of one size.
+
+    Raises:
+        ValueError: One of them is not in the shards.
+    """
+    wanted, jpegs = set(keys), {}
+    for sample in read_samples(shards):
+        key = (sample["json"]["film_id"], sample["json"]["frame_index"])
+        if key in wanted:
+            jpegs[key] = sample["jpg"]
+    if missing := [key for key in keys if key not in jpegs]:
+        raise ValueError(f"frame {missing[0][1]} of {missing[0][0]} is not in the shards: make its features again")
+    return read_keyframes((jpegs[key] for key in keys), height_px, width_px)
 
 
 def write_samples(
@@ -92,7 +116,7 @@ def write_samples(
         reconstructions: RGB in 0..1.
         count: How many to keep at most.
     """
-    places = np.linspace(0, len(keys) - 1, min(count, len(keys))).round().astype(int) if count else []
+    places = choose_evenly(len(keys), count) if count else []
     rows = [
         {
             "film_id": keys[place][0],

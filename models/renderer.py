@@ -42,7 +42,7 @@ class Renderer(nn.Module):
             "max_sentences": max_sentences,
             "max_faces": max_faces,
         }
-        cross_dim = autoencoder.architecture.cross_dim
+        cross_dim = autoencoder.decoder.cross_dim
         self.align_text = _mlp(text_dim, cross_dim)
         self.align_faces = _mlp(face_dim, cross_dim)
 
@@ -87,11 +87,11 @@ class Renderer(nn.Module):
 
     def pad_sentences(self, rows: Sequence[Float[np.ndarray, "_ text"]]) -> Float[Tensor, "batch sentence text"]:
         """The first sentences of each picture, zero-padded to the number that the model takes."""
-        return _pad(rows, self.sizes["max_sentences"], self.sizes["text_dim"])
+        return pad(rows, self.sizes["max_sentences"], self.sizes["text_dim"])
 
     def pad_faces(self, rows: Sequence[Float[np.ndarray, "_ feature"]]) -> Float[Tensor, "batch face feature"]:
         """The first faces of each picture, zero-padded to the number that the model takes."""
-        return _pad(rows, self.sizes["max_faces"], self.sizes["face_dim"])
+        return pad(rows, self.sizes["max_faces"], self.sizes["face_dim"])
 
 
 def save_renderer(model: Renderer, folder: Path) -> None:
@@ -123,7 +123,8 @@ def load_renderer(paths: Sequence[Path], autoencoder: Autoencoder) -> Renderer:
     return model.eval()
 
 
-def _pad(rows: Sequence[np.ndarray], count: int, width: int) -> Tensor:
+def pad(rows: Sequence[np.ndarray], count: int, width: int) -> Tensor:
+    """The first `count` rows of each array [row, width], with zeros where there are fewer."""
     padded = torch.zeros(len(rows), count, width)
     for place, row in enumerate(rows):
         padded[place, : min(count, len(row))] = torch.from_numpy(np.array(row[:count], np.float32))

@@ -62,6 +62,7 @@ class TokenTable:
         self.widths = {name: int(metadata[name]) for name in WIDTHS}
         self._columns = {name: table[name].combine_chunks() for name in SCHEMA.names}
         self.films: list[str] = self._columns["film_id"].to_pylist()
+        self._frame_indexes: list[int] = self._columns["frame_index"].to_pylist()
         self._splits = self._columns["split"].to_pylist()
         self._faces: dict[tuple[str, int], list[tuple[int, int]]] = {}
         for row, characters in enumerate(self._columns["face_character"].to_pylist()):
@@ -74,6 +75,10 @@ class TokenTable:
 
     def __len__(self) -> int:
         return len(self.films)
+
+    def key(self, row: int) -> tuple[str, int]:
+        """Film and frame index of a row."""
+        return self.films[row], self._frame_indexes[row]
 
     def _find_runs(self, split: str) -> list[list[int]]:
         runs: list[list[int]] = []

@@ -41,8 +41,8 @@ class DreamConfig(StageConfig):
     seed: int = Field(0, ge=0, description="of everything random")
 
     def weights(self) -> tuple[str, ...]:
-        """Of sentences, faces and reference pictures."""
-        return tuple(dict.fromkeys((self.text_encoder, "dinov2_small", *self.face_models.weights())))
+        """Of sentences and faces."""
+        return tuple(dict.fromkeys((self.text_encoder, *self.face_models.weights())))
 
     def recipe(self) -> dict[str, Any]:
         """Weights enter by what they hold, not by where they lie."""
@@ -218,7 +218,7 @@ class Dream:
 
         from models.autoencoder import load_autoencoder
 
-        autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir).to(self._device)
+        autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir, self._device)
         pictures = [torch.from_numpy(_read_picture(path)).permute(2, 0, 1)[None].float() / 255 for path in paths]
         return [autoencoder.encode(picture.to(self._device))[0].cpu().numpy() for picture in pictures]
 

@@ -20,10 +20,6 @@ class RenderConfig(StageConfig):
     jpeg_quality: int = Field(95, description="of the pictures", ge=1, le=100)
     batch_pictures: int = neutral(16, "pictures made at once", gt=0)
 
-    def weights(self) -> tuple[str, ...]:
-        """The image encoder, a part of every autoencoder."""
-        return ("dinov2_small",)
-
 
 PICTURES_SCHEMA = pa.schema(
     [
@@ -69,7 +65,7 @@ class Render:
         from models.renderer import load_renderer
 
         frames = _read_frames(inputs["dream"])
-        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir).eval()
+        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir)
         renderer = load_renderer(inputs["renderer"], autoencoder)
         architecture, sizes = autoencoder.architecture, renderer.sizes
         tokens = _shape(frames, "tokens", architecture.token_dim)

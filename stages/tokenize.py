@@ -5,8 +5,8 @@ Tokens and sentences come twice, for the keyframe and for its mirror image, beca
 Source: the paper, section 3.2 (tokens) and section 3.3 (one embedding a description; flips).
 """
 
+import itertools
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ class TokenizeConfig(StageConfig):
     batch_pictures: int = neutral(16, "keyframes encoded at once", ge=1)
 
     def weights(self) -> tuple[str, ...]:
-        """The text encoder, and the image encoder in front of the compressor."""
-        return (self.text_encoder, "dinov2_small")
+        """The text encoder."""
+        return (self.text_encoder,)
 
     def recipe(self) -> dict[str, Any]:
         """Weights enter by what they hold, not by where they lie."""
@@ -38,9 +38,9 @@ class TokenizeConfig(StageConfig):
 
 SPEC = StageSpec(
     name="tokenize",
-    version=1,
+    version=2,
     implementation="stages.tokenize:Tokenize",
-    inputs=("shards", "autoencoder"),
+    inputs=("shards", "features", "autoencoder"),
     output="tokens",
     scope="set",
     cpus=2,
@@ -68,49 +68,43 @@ class Tokenize:
             `keyframes`, `films` and `sentences` (different ones), counted.
 
         Raises:
-            MissingInputError: The shards hold no keyframe.
+            MissingInputError: The shards hold no keyframe, or one that has no features.
         """
         from models.autoencoder import load_autoencoder
+        from models.feature_table import FeatureTable
         from models.token_table import write_token_table
 
-        autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir).to(self._device)
-        shards = [path for path in inputs["shards"] if path.suffix == ".tar"]
+        autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir, self._device)
+        table = FeatureTable(sorted({path.parent for path in inputs["features"]}), "keyframes")
+        places = {(key["film_id"], key["frame_index"]): row for row, key in enumerate(table.keys)}
         rows: list[dict[str, Any]] = []
-        for index, shard in enumerate(shards):
-            for samples in self._batches(shard):
-                tokens = self._encode_pictures(autoencoder, samples)
-                rows += [_row(sample, *pair) for sample, pair in zip(samples, tokens, strict=True)]
-                progress(index, len(shards), f"{len(rows)} keyframes")
+        same = table.space == autoencoder.architecture.space
+        for batch in self._batches(inputs["shards"]):
+            features = _read_features(table, places, batch) if same else _compute_features(autoencoder, batch)
+            tokens = self._compress(autoencoder, features)
+            rows += [_row(sample, *views) for sample, views in zip(batch, tokens, strict=True)]
+            progress(len(rows), len(places), f"{len(rows)} keyframes")
         if not rows:
-            raise MissingInputError(f"{len(shards)} shards hold no keyframe: ingest a film first")
-        progress(len(shards), len(shards), "sentences")
+            raise MissingInputError("the shards hold no keyframe: ingest a film first")
+        progress(len(rows), len(places), "sentences")
         sentences = self._add_sentences(rows)
         write_token_table(rows, out / "tokens.parquet", self._widths(autoencoder, rows))
         return {"keyframes": len(rows), "films": len({row["film_id"] for row in rows}), "sentences": sentences}
 
-    def _batches(self, shard: Path) -> Iterator[list[dict[str, Any]]]:
-        """Samples with their picture decoded (uint8 [height, width, 3]), in batches of one picture size."""
+    def _batches(self, shards: list[Path]) -> Iterator[list[dict[str, Any]]]:
         from models.samples import read_samples
 
-        decoded = (sample | {"picture": _decode(sample)} for sample in read_samples([shard]))
-        for _, same_size in groupby(decoded, key=lambda sample: sample["picture"].shape):
-            batch: list[dict[str, Any]] = []
-            for sample in same_size:
-                batch.append(sample)
-                if len(batch) == self._config.batch_pictures:
-                    yield batch
-                    batch = []
-            if batch:
-                yield batch
+        samples = read_samples(shards)
+        while batch := list(itertools.islice(samples, self._config.batch_pictures)):
+            yield batch
 
-    def _encode_pictures(self, autoencoder: Any, samples: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Tokens of each picture and of its mirror image."""
+    def _compress(self, autoencoder: Any, features: Any) -> np.ndarray:
+        """Tokens of keyframes and of their mirror images, float32 [keyframe, view, token, dim]."""
         import torch
 
-        pictures = torch.from_numpy(np.stack([sample["picture"] for sample in samples]))
-        pictures = pictures.to(self._device).permute(0, 3, 1, 2).float() / 255
-        plain, mirrored = (autoencoder.encode(p).cpu().numpy() for p in (pictures, pictures.flip(-1)))
-        return list(zip(plain, mirrored, strict=True))
+        with torch.no_grad():
+            tokens = autoencoder.compressor(features.to(self._device))
+        return tokens.unflatten(0, (-1, 2)).cpu().numpy()
 
     def _add_sentences(self, rows: list[dict[str, Any]]) -> int:
         """Embed the sentences of all rows, each different one once; returns how many there are."""
@@ -135,14 +129,28 @@ class Tokenize:
         }
 
 
-def _decode(sample: dict[str, Any]) -> np.ndarray:
-    """RGB uint8 [height, width, 3]."""
-    import cv2
+def _read_features(table: Any, places: dict[tuple[str, int], int], samples: list[dict[str, Any]]) -> Any:
+    """Features of keyframes, each followed by its mirror image's."""
+    from models.feature_table import VIEWS
 
-    picture = cv2.imdecode(np.frombuffer(sample["jpg"], np.uint8), cv2.IMREAD_COLOR_RGB)
-    if picture is None:
-        raise ValueError(f"keyframe {sample['__key__']} of the shards cannot be decoded: make the shards again")
-    return picture
+    rows = []
+    for sample in samples:
+        key = (sample["json"]["film_id"], sample["json"]["frame_index"])
+        if key not in places:
+            raise MissingInputError(f"keyframe {sample['__key__']} has no features: run the features stage again")
+        rows.append(places[key])
+    return table.features(VIEWS * row + view for row in rows for view in range(VIEWS))
+
+
+def _compute_features(autoencoder: Any, samples: list[dict[str, Any]]) -> Any:
+    """The same for an autoencoder with other frozen models than today's settings name: an older model."""
+    import torch
+
+    from models.latents import read_keyframes
+
+    size = autoencoder.architecture
+    pictures = read_keyframes((sample["jpg"] for sample in samples), size.height_px, size.width_px)
+    return autoencoder.extract_features(torch.stack([pictures, pictures.flip(3)], dim=1).flatten(0, 1))
 
 
 def _row(sample: dict[str, Any], tokens: np.ndarray, mirrored_tokens: np.ndarray) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """Train the diffusion autoencoder: keyframe -> 2 tokens -> keyframe (paper, section 3.2 and appendix A).
 
-Two phases, each with its own pictures, size, schedule and learning rate: one on pictures of many things, one on
-whole keyframes. Each begins with the decoder frozen. The image encoder is never trained, so its features and the
-latents of every picture, and of its mirror image, are computed once and kept in memory. Then all keyframes are
-reconstructed, and it is measured how often a reconstruction lies nearest to its own keyframe.
+Two phases, each with its own pictures, schedule and learning rate: one on square pictures of many things, one on whole
+keyframes. Each begins with the decoder frozen. The frozen models' part is read from the features stage. Then keyframes
+are reconstructed, and it is measured how often a reconstruction lies nearest to its own keyframe.
 """
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from models import weights
 from stages.errors import MissingInputError, UsageError
 from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
 
@@ -21,7 +20,9 @@ if TYPE_CHECKING:
 
     from models.autoencoder import Autoencoder
     from models.diffusion import TrainingRun
+    from models.feature_table import FeatureSpace, FeatureTable
 
+FITTED_VIEWS = 2000
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -34,8 +35,6 @@ class PhaseConfig(BaseModel):
         description="crops: square parts of keyframes; images: a folder of pictures; keyframes: whole keyframes"
     )
     images_dir: Path | None = Field(None, description="the folder, when data is 'images'; searched recursively")
-    height_px: int = Field(description="height of the training pictures", gt=0)
-    width_px: int = Field(description="width of the training pictures", gt=0)
     steps: int = Field(description="optimizer steps, those of the compressor alone included", ge=0)
     compressor_steps: int = Field(20_000, description="first steps, in which the decoder stays frozen", ge=0)
     batch_size: int = Field(96, description="pictures a step (the paper gives none)", gt=0)
@@ -54,32 +53,28 @@ class TrainAutoencoderConfig(StageConfig):
     """Settings of the autoencoder and of its training; defaults follow appendix A where it gives a number."""
 
     image_phase: PhaseConfig = Field(
-        PhaseConfig(data="crops", height_px=768, width_px=768, steps=120_000, learning_rate=1e-4, schedule="cosine"),
+        PhaseConfig(data="crops", steps=120_000, learning_rate=1e-4, schedule="cosine"),
         description="first phase, on pictures of many things (crops of keyframes stand in for the image data set)",
     )
     film_phase: PhaseConfig = Field(
-        PhaseConfig(
-            data="keyframes", height_px=512, width_px=896, steps=120_000, learning_rate=2e-5, schedule="constant"
-        ),
-        description="second phase, on keyframes; its size is the size of the pictures that the decoder gives",
+        PhaseConfig(data="keyframes", steps=120_000, learning_rate=2e-5, schedule="constant"),
+        description="second phase, on whole keyframes",
     )
-    crops_per_keyframe: int = Field(1, description="crops taken of each keyframe when data is 'crops'", gt=0)
     noise_offset: float = Field(0.05, description="standard deviation of the noise shared by a channel's positions")
     token_noise: float = Field(
         0.0, description="largest standard deviation of noise on the decoder's tokens, drawn for each picture", ge=0
     )
     average_decay: float = Field(0.9999, description="of the moving average of the weights", ge=0, lt=1)
     gradient_norm: float = Field(1.0, description="gradients are scaled down to this norm", gt=0)
-    encoder_height_px: int = Field(224, description="pictures are scaled to this for the image encoder", gt=0)
-    encoder_width_px: int = Field(224, description="pictures are scaled to this for the image encoder", gt=0)
     tokens: int = Field(2, description="tokens a picture", gt=0)
     token_dim: int = Field(256, description="width of a token (the paper gives none)", gt=1)
     compressor_width: int = Field(384, description="width of the compressor's transformer blocks", gt=0)
     compressor_heads: int = Field(6, description="attention heads of the compressor", gt=0)
-    block_px: int = Field(8, description="side of a latent position in pixels", gt=0)
-    luma: int = Field(28, description="cosine coefficients of brightness kept of each block", gt=0)
-    chroma: int = Field(10, description="cosine coefficients kept of each colour difference", gt=0)
-    flattening: float = Field(0.5, description="how far channels are brought to equal variance, 0 to 1", ge=0, le=1)
+    pretrained: str | None = Field(
+        "sdxl",
+        description="SDXL, whose UNet is trained further: name or folder; null for a small UNet of the sizes below",
+    )
+    flattening: float = Field(0.5, description="how far cosine channels are brought to equal variance", ge=0, le=1)
     channels: tuple[int, ...] = Field((320, 640, 1280), description="UNet widths, finest resolution first")
     layers: int = Field(2, description="residual blocks at each resolution", gt=0)
     cross_dim: int = Field(2048, description="width of the cross-attention context", gt=0)
@@ -91,24 +86,28 @@ class TrainAutoencoderConfig(StageConfig):
     draft_width: int = Field(1024, description="hidden width of that guess", gt=0)
     timesteps: int = Field(1000, description="steps of the noise schedule", gt=1)
     prediction: Literal["epsilon", "v_prediction"] = Field("epsilon", description="what the decoder predicts")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the networks' arithmetic; weights and optimizer are float32 either way"
+    )
+    measured_keyframes: int = Field(1000, description="keyframes reconstructed and measured, evenly chosen", gt=0)
     sampling_steps: int = Field(50, description="DDIM steps of the reconstructions that are measured", gt=0)
     sample_keyframes: int = Field(24, description="reconstructions kept to look at", ge=0)
     seed: int = Field(0, description="of weights, order, noise and crops", ge=0)
+    gradient_checkpointing: bool = neutral(False, "compute activations twice instead of keeping them")
+    loader_workers: int = neutral(0, "processes that read batches ahead; 0 reads between the steps", ge=0)
     checkpoint_every_steps: int = neutral(500, "steps between checkpoints", gt=0)
 
-    @property
-    def height_px(self) -> int:
-        """Height of the pictures that the decoder gives."""
-        return self.film_phase.height_px
-
-    @property
-    def width_px(self) -> int:
-        """Width of the pictures that the decoder gives."""
-        return self.film_phase.width_px
+    def is_heavy(self) -> bool:
+        """Whether the decoder is SDXL's."""
+        return self.pretrained is not None
 
     def weights(self) -> tuple[str, ...]:
-        """The image encoder."""
-        return ("dinov2_small",)
+        """SDXL, where the decoder starts from it."""
+        return () if self.pretrained is None else (self.pretrained,)
+
+    def recipe(self) -> dict[str, Any]:
+        """Weights enter by what they hold, not by where they lie."""
+        return weights.without_places(super().recipe(), *(("pretrained",) if self.pretrained else ()))
 
     @model_validator(mode="after")
     def _check_film_phase(self) -> "TrainAutoencoderConfig":
@@ -118,13 +117,6 @@ class TrainAutoencoderConfig(StageConfig):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "TrainAutoencoderConfig":
-        for phase, name in ((self.image_phase, "image_phase"), (self.film_phase, "film_phase")):
-            if phase.height_px % self.block_px or phase.width_px % self.block_px:
-                size = f"{phase.width_px}x{phase.height_px}"
-                raise ValueError(f"{name} has pictures of {size}: both must be multiples of block_px {self.block_px}")
-        if self.encoder_height_px % 14 or self.encoder_width_px % 14:
-            size = f"{self.encoder_width_px}x{self.encoder_height_px}"
-            raise ValueError(f"the image encoder's picture is {size}: both sides must be multiples of 14")
         wrong = [width for width in self.channels if width % self.norm_groups or width % self.heads]
         if wrong:
             raise ValueError(
@@ -138,9 +130,9 @@ class TrainAutoencoderConfig(StageConfig):
 
 SPEC = StageSpec(
     name="train_autoencoder",
-    version=1,
+    version=2,
     implementation="stages.train_autoencoder:TrainAutoencoder",
-    inputs=("shards",),
+    inputs=("shards", "features"),
     output="autoencoder",
     scope="set",
     cpus=2.0,
@@ -166,50 +158,39 @@ class TrainAutoencoder:
         import torch
 
         from models.autoencoder import Architecture, Autoencoder, save_autoencoder
-        from models.latents import read_keyframes
-        from models.reconstructions import measure_reconstructions, write_samples
-        from models.samples import read_samples
+        from models.feature_table import FeatureTable
+        from models.pretrained import choose_device
 
-        samples = list(read_samples(inputs["shards"]))
-        training = [sample for sample in samples if sample["json"]["split"] != "test"]
-        if not training:
-            raise MissingInputError(f"the shards hold {len(samples)} keyframes, none for training: ingest films first")
-        torch.manual_seed(self.config.seed)
-        model = Autoencoder(Architecture.from_settings(self.config), self.weights_dir)
+        folders = sorted({path.parent for path in inputs["features"]})
+        films = FeatureTable(folders, "keyframes")
+        if not films.training_views():
+            raise MissingInputError(
+                f"the shards hold {len(films.keys)} keyframes, none for training: ingest films first"
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            architecture = Architecture.from_settings(self.config, films.space)
+            model = Autoencoder(architecture, self.weights_dir, choose_device(None))
         progress(0, self.config.image_phase.steps + self.config.film_phase.steps, "measuring features and latents")
-        keyframes = read_keyframes((sample["jpg"] for sample in samples), self.config.height_px, self.config.width_px)
-        trained = [sample["json"]["split"] != "test" for sample in samples]
-        is_training = torch.tensor(trained)
-        model.latents.fit(keyframes[is_training])
-        films = _prepare(model, keyframes[is_training])
-        model.compressor.fit(films[0])
-        if model.decoder.draft is not None:
-            model.decoder.draft.fit(films[1])
-        checkpoint = scratch / "checkpoint.safetensors"
-        history = self._train(model, [sample["jpg"] for sample in training], films, checkpoint, progress)
+        _fit(model, films)
+        history = self._train(model, folders, films, scratch, progress)
         save_autoencoder(model.eval(), out)
         (out / "history.json").write_text(json.dumps(history) + "\n")
-        reconstructions = model.decode(model.encode(keyframes), self.config.sampling_steps, self.config.seed)
-        keys = [(sample["json"]["film_id"], sample["json"]["frame_index"]) for sample in samples]
-        metrics = measure_reconstructions(model, [film for film, _ in keys], trained, keyframes, reconstructions)
+        metrics = self._measure(model, films, inputs["shards"], out)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        write_samples(out / "samples.parquet", keys, keyframes, reconstructions, self.config.sample_keyframes)
         return metrics
 
     def _train(
-        self,
-        model: "Autoencoder",
-        jpegs: list[bytes],
-        films: tuple["Tensor", "Tensor"],
-        checkpoint: Path,
-        progress: Progress,
+        self, model: "Autoencoder", folders: list[Path], films: "FeatureTable", scratch: Path, progress: Progress
     ) -> list[dict[str, Any]]:
-        """Both phases; `films` are the features and latents of whole keyframes at the second phase's size."""
+        """Both phases; `films` are whole keyframes."""
         from models.diffusion import TrainingRun
+        from models.loader import StepBatches, load_batches
 
-        config = self.config
-        trained = {n: p for n, p in model.named_parameters() if not n.startswith("encoder.")}
-        run = TrainingRun(trained, config.seed, config.average_decay, config.gradient_norm)
+        config, checkpoint = self.config, scratch / "checkpoint.safetensors"
+        if config.gradient_checkpointing:
+            model.decoder.unet.enable_gradient_checkpointing()
+        run = TrainingRun(dict(model.named_parameters()), config.seed, config.average_decay, config.gradient_norm)
         if checkpoint.is_file():
             run.restore(checkpoint)
         total = config.image_phase.steps + config.film_phase.steps
@@ -218,10 +199,12 @@ class TrainAutoencoder:
                 continue
             if number > run.phase:
                 run.begin_phase(number)
-            progress(run.total_steps, total, f"{name}: computing features")
-            data = films if phase is config.film_phase else _prepare(model, self._pictures_of(phase, jpegs))
-            while run.step < phase.steps:
-                loss = self._train_step(model, run, phase, data)
+            progress(run.total_steps, total, f"{name}: opening features")
+            table = self._open_table(phase, folders, films, scratch)
+            steps = range(run.step, phase.steps)
+            batches = StepBatches(table.training_views(), phase.batch_size, steps, config.seed + run.phase)
+            for features, latents in load_batches(table, batches, config.loader_workers):
+                loss = self._train_step(model, run, phase, features, latents)
                 run.history.append({"phase": name, "step": run.step, "loss": loss})
                 progress(run.total_steps, total, f"{name}: loss {loss:.4f}")
                 if run.total_steps % config.checkpoint_every_steps == 0 or run.total_steps == total:
@@ -230,47 +213,94 @@ class TrainAutoencoder:
         return run.history
 
     def _train_step(
-        self, model: "Autoencoder", run: "TrainingRun", phase: PhaseConfig, data: tuple["Tensor", "Tensor"]
+        self, model: "Autoencoder", run: "TrainingRun", phase: PhaseConfig, features: "Tensor", latents: "Tensor"
     ) -> float:
+        import torch
 
-        from models.diffusion import add_token_noise, draw_batch, schedule_learning_rate
+        from models.diffusion import add_token_noise, schedule_learning_rate
 
+        config = self.config
         model.decoder.requires_grad_(run.step >= phase.compressor_steps)
-        features, latents = data
-        batch = draw_batch(len(latents), phase.batch_size, run.step, self.config.seed + run.phase)
-        tokens = model.compressor(features[batch])
-        tokens = add_token_noise(tokens, self.config.token_noise, run.generator)
-        loss = model.schedule.loss(
-            lambda noisy, steps: model.decoder(noisy, steps, tokens),
-            latents[batch],
-            self.config.noise_offset,
-            run.generator,
-        )
+        features = features.to(model.device).float()
+        latents = model.latents.normalize(latents.to(model.device).float())
+        with torch.autocast(model.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            tokens = add_token_noise(model.compressor(features), config.token_noise, run.generator)
+            loss = model.schedule.loss(
+                lambda noisy, steps: model.decoder(noisy, steps, tokens), latents, config.noise_offset, run.generator
+            )
         rate = schedule_learning_rate(phase.learning_rate, run.step, phase.steps, phase.schedule, phase.warmup_steps)
         run.update(loss, rate)
         return loss.item()
 
-    def _pictures_of(self, phase: PhaseConfig, jpegs: list[bytes]) -> "Tensor":
-        """The training pictures of a phase, RGB in 0..1 [picture, 3, height, width]."""
+    def _open_table(
+        self, phase: PhaseConfig, folders: list[Path], films: "FeatureTable", scratch: Path
+    ) -> "FeatureTable":
+        """The pictures of a phase.
+
+        Raises:
+            MissingInputError: The phase wants crops and the features hold none.
+            UsageError: The folder of pictures is absent or holds none.
+        """
+        from models.feature_table import FeatureTable
+
+        if phase.data == "keyframes":
+            return films
+        if phase.images_dir is not None:
+            return FeatureTable([self._prepare_images(films.space, phase.images_dir, scratch / "images")], "crops")
+        crops = FeatureTable(folders, "crops")
+        if not len(crops):
+            raise MissingInputError("there are no crops to train on: set features.crops_per_keyframe to at least 1")
+        return crops
+
+    def _prepare_images(self, space: "FeatureSpace", images: Path, folder: Path) -> Path:
+        """Features and latents of a folder of pictures; kept in the scratch folder, for a killed run to go on with."""
+        from models.feature_table import FeatureWriter, FrozenModels, write_space
+        from models.latents import cover, read_picture
+        from models.pretrained import choose_device
+
+        if (folder / "config.json").is_file():
+            return folder
+        pictures = _find_pictures(images)
+        folder.mkdir(parents=True, exist_ok=True)
+        frozen = FrozenModels(space, self.weights_dir, choose_device(None))
+        writer = FeatureWriter(frozen, folder, "crops", len(pictures), (space.crop_px, space.crop_px))
+        for path in pictures:
+            writer.write(cover(read_picture(path.read_bytes())[None], space.crop_px, space.crop_px))
+        keys = [{"film_id": path.name, "frame_index": 0, "split": "train"} for path in pictures]
+        write_space(space, keys, folder)
+        return folder
+
+    def _measure(self, model: "Autoencoder", films: "FeatureTable", shards: list[Path], out: Path) -> dict[str, Any]:
+        """Reconstruct keyframes, write samples.parquet, and tell how near they lie to the originals."""
         import torch
 
-        from models.latents import cover, crop_randomly, read_picture
+        from models.feature_table import VIEWS
+        from models.reconstructions import choose_evenly, measure_reconstructions, read_chosen, write_samples
 
-        size = (phase.height_px, phase.width_px)
-        if phase.data == "crops":
-            rng = np.random.default_rng(self.config.seed)
-            repeated = (jpeg for jpeg in jpegs for _ in range(self.config.crops_per_keyframe))
-            return torch.stack([crop_randomly(read_picture(jpeg), *size, rng) for jpeg in repeated])
-        files = (path.read_bytes() for path in _find_pictures(phase.images_dir)) if phase.images_dir else jpegs
-        return torch.cat([cover(read_picture(picture)[None], *size) for picture in files])
+        rows = choose_evenly(len(films.keys), self.config.measured_keyframes)
+        keys = [(films.keys[row]["film_id"], films.keys[row]["frame_index"]) for row in rows]
+        keyframes = read_chosen(shards, keys, films.space.height_px, films.space.width_px)
+        with torch.no_grad():
+            features = films.features(VIEWS * row for row in rows)
+            tokens = torch.cat([model.compressor(part.to(model.device)) for part in features.split(16)])
+        made = model.decode(tokens, self.config.sampling_steps, self.config.seed).cpu()
+        trained = [films.keys[row]["split"] != "test" for row in rows]
+        write_samples(out / "samples.parquet", keys, keyframes, made, self.config.sample_keyframes)
+        return measure_reconstructions(model, [film for film, _ in keys], trained, keyframes, made)
 
 
-def _prepare(model: "Autoencoder", images: "Tensor") -> tuple["Tensor", "Tensor"]:
-    """Features and latents of pictures, followed by those of their mirror images."""
+def _fit(model: "Autoencoder", films: "FeatureTable") -> None:
+    """Measure what normalises features and latents, and what a first guess is made of, on some of the views."""
     import torch
 
-    images = torch.cat([images, images.flip(3)])
-    return model.extract_features(images), model.latents.encode(images)
+    views = films.training_views()
+    views = views[:: -(-len(views) // FITTED_VIEWS)]
+    features, latents = films.features(views).to(model.device), films.latents(views).to(model.device)
+    with torch.no_grad():
+        model.latents.fit(latents)
+        model.compressor.fit(features)
+        if (draft := getattr(model.decoder, "draft", None)) is not None:
+            draft.fit(model.latents.normalize(latents))
 
 
 def _find_pictures(folder: Path) -> list[Path]:

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages.errors import MissingInputError
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from models.diffusion import TrainingRun
     from models.renderer import Renderer
-    from models.token_table import TokenTable
+    from models.renderer_data import RendererViews
 
 
 class TrainRendererConfig(StageConfig):
@@ -40,21 +39,23 @@ class TrainRendererConfig(StageConfig):
     )
     average_decay: float = Field(0.9999, description="of the moving average of the weights", ge=0, lt=1)
     gradient_norm: float = Field(1.0, description="gradients are scaled down to this norm", gt=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the networks' arithmetic; weights and optimizer are float32 either way"
+    )
+    measured_keyframes: int = Field(1000, description="keyframes reconstructed and measured, evenly chosen", gt=0)
     sampling_steps: int = Field(50, description="DDIM steps of the reconstructions that are measured", gt=0)
     sample_keyframes: int = Field(24, description="reconstructions kept to look at", ge=0)
     seed: int = Field(0, description="of new weights, order, noise and masks", ge=0)
+    gradient_checkpointing: bool = neutral(False, "compute activations twice instead of keeping them")
+    loader_workers: int = neutral(0, "processes that read batches ahead; 0 reads between the steps", ge=0)
     checkpoint_every_steps: int = neutral(500, "steps between checkpoints", gt=0)
-
-    def weights(self) -> tuple[str, ...]:
-        """The image encoder, which measures the reconstructions."""
-        return ("dinov2_small",)
 
 
 SPEC = StageSpec(
     name="train_renderer",
-    version=1,
+    version=2,
     implementation="stages.train_renderer:TrainRenderer",
-    inputs=("shards", "tokens", "autoencoder"),
+    inputs=("shards", "features", "tokens", "autoencoder"),
     output="renderer",
     scope="set",
     cpus=2.0,
@@ -74,58 +75,46 @@ class TrainRenderer:
         """Train, measure, and write model.safetensors, config.json, history.json, metrics.json, samples.parquet.
 
         Raises:
-            MissingInputError: A keyframe of the shards has no tokens, or none is of the training split.
+            MissingInputError: A keyframe has tokens and no features, or none is of the training split.
         """
         import torch
 
         from models.autoencoder import load_autoencoder
-        from models.latents import read_keyframes
-        from models.reconstructions import measure_reconstructions, write_samples
+        from models.pretrained import choose_device
         from models.renderer import Renderer, save_renderer
-        from models.token_table import TokenTable
+        from models.renderer_data import RendererDataError, RendererViews
 
-        table_path = inputs["tokens"][0]
-        table = TokenTable(table_path)
-        keys, jpegs = _match_keyframes(inputs["shards"], table_path)
-        if not table.split_rows("train"):
-            raise MissingInputError(f"{table_path} holds {len(table)} keyframes, none for training: ingest films first")
         torch.manual_seed(self.config.seed)
-        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir)
-        widths = table.widths
-        max_faces = self.config.max_faces if _has_faces(table) else 0
-        model = Renderer(autoencoder, widths["text_width"], widths["face_width"], self.config.max_sentences, max_faces)
-        size = model.autoencoder.architecture
-        keyframes = read_keyframes(jpegs, size.height_px, size.width_px)
-        history = self._train(model, table, keyframes, scratch / "checkpoint.safetensors", progress)
+        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir, choose_device(None))
+        features = sorted({path.parent for path in inputs["features"]})
+        try:
+            views = RendererViews(inputs["tokens"][0], features, self.config.max_sentences, self.config.max_faces)
+        except RendererDataError as error:
+            raise MissingInputError(str(error)) from None
+        model = Renderer(autoencoder, **views.sizes).to(autoencoder.device)
+        history = self._train(model, views, scratch / "checkpoint.safetensors", progress)
         save_renderer(model.eval(), out)
         (out / "history.json").write_text(json.dumps(history) + "\n")
-        made = model.decode(*_conditions(model, table, False), self.config.sampling_steps, self.config.seed)
-        training = set(table.split_rows("train"))
-        trained = [row in training for row in range(len(table))]
-        metrics = measure_reconstructions(autoencoder, table.films, trained, keyframes, made)
+        metrics = self._measure(model, views, inputs["shards"], out)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        write_samples(out / "samples.parquet", keys, keyframes, made, self.config.sample_keyframes)
         return metrics
 
     def _train(
-        self, model: "Renderer", table: "TokenTable", keyframes: "Tensor", checkpoint: Path, progress: Progress
+        self, model: "Renderer", views: "RendererViews", checkpoint: Path, progress: Progress
     ) -> list[dict[str, Any]]:
-        import torch
-
         from models.diffusion import TrainingRun
+        from models.loader import StepBatches, load_batches
         from models.renderer import SAVED
 
         config = self.config
+        if config.gradient_checkpointing:
+            model.autoencoder.decoder.unet.enable_gradient_checkpointing()
         trained = {name: p for name, p in model.named_parameters() if name.startswith(SAVED)}
         run = TrainingRun(trained, config.seed, config.average_decay, config.gradient_norm)
         if checkpoint.is_file():
             run.restore(checkpoint)
-        rows = torch.tensor(table.split_rows("train"))
-        images = keyframes[rows]
-        latents = model.autoencoder.latents.encode(torch.cat([images, images.flip(3)]))
-        both = zip(_conditions(model, table, False), _conditions(model, table, True), strict=True)
-        conditions = [torch.cat([plain[rows], mirrored[rows]]) for plain, mirrored in both]
-        while run.step < config.steps:
+        batches = StepBatches(views.training_views(), config.batch_size, range(run.step, config.steps), config.seed)
+        for latents, *conditions in load_batches(views, batches, config.loader_workers):
             loss = self._train_step(model, run, latents, conditions)
             run.history.append({"phase": "renderer", "step": run.step, "loss": loss})
             progress(run.step, config.steps, f"loss {loss:.4f}")
@@ -139,67 +128,44 @@ class TrainRenderer:
     ) -> float:
         import torch
 
-        from models.diffusion import add_token_noise, draw_batch, schedule_learning_rate
+        from models.diffusion import add_token_noise, schedule_learning_rate
 
-        config = self.config
-        batch = draw_batch(len(latents), config.batch_size, run.step, config.seed)
-        tokens, sentences, faces = (condition[batch] for condition in conditions)
+        config, autoencoder = self.config, model.autoencoder
+        device = autoencoder.device
+        latents = autoencoder.latents.normalize(latents.to(device).float())
+        tokens, sentences, faces = (condition.to(device) for condition in conditions)
         tokens = add_token_noise(tokens, config.token_noise, run.generator)
         entries = tokens.shape[1] + sentences.shape[1] + faces.shape[1]
-        keep = torch.rand((len(batch), entries), generator=run.generator) >= config.mask_probability
-        loss = model.autoencoder.schedule.loss(
-            lambda noisy, steps: model(noisy, steps, tokens, sentences, faces, keep),
-            latents[batch],
-            config.noise_offset,
-            run.generator,
-        )
+        keep = torch.rand((len(latents), entries), generator=run.generator) >= config.mask_probability
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            loss = autoencoder.schedule.loss(
+                lambda noisy, steps: model(noisy, steps, tokens, sentences, faces, keep.to(device)),
+                latents,
+                config.noise_offset,
+                run.generator,
+            )
         rate = schedule_learning_rate(
             config.learning_rate, run.step, config.steps, config.schedule, config.warmup_steps
         )
         run.update(loss, rate)
         return loss.item()
 
+    def _measure(self, model: "Renderer", views: "RendererViews", shards: list[Path], out: Path) -> dict[str, Any]:
+        """Render keyframes, write samples.parquet, and tell how near they lie to the originals."""
+        import torch
 
-def _match_keyframes(shards: list[Path], table_path: Path) -> tuple[list[tuple[str, int]], list[bytes]]:
-    """Film and frame index of each row of the table, and the row's picture as JPEG."""
-    from models.samples import read_samples
+        from models.feature_table import VIEWS
+        from models.reconstructions import choose_evenly, measure_reconstructions, read_chosen, write_samples
 
-    columns = pq.read_table(table_path, columns=["film_id", "frame_index"]).to_pydict()
-    keys = list(zip(columns["film_id"], columns["frame_index"], strict=True))
-    samples = read_samples([path for path in shards if path.suffix == ".tar"])
-    jpegs = {(sample["json"]["film_id"], sample["json"]["frame_index"]): sample["jpg"] for sample in samples}
-    if different := sorted(set(keys) ^ jpegs.keys()):
-        film, frame = different[0]
-        raise MissingInputError(
-            f"tokens and shards differ in {len(different)} keyframes, first frame {frame} of {film}: "
-            "run the tokenize stage on these shards again"
-        )
-    return keys, [jpegs[key] for key in keys]
-
-
-def _has_faces(table: "TokenTable") -> bool:
-    return any(_faces_of(table, row) for row in range(len(table)))
-
-
-def _faces_of(table: "TokenTable", row: int) -> list[Any]:
-    """The keyframe's own face of each of its characters that has one, in the script's order."""
-    characters = [character.character_index for character in table.script(row).characters]
-    places = [
-        next((place for r, place in table.faces_of(table.films[row], character) if r == row), None)
-        for character in characters
-        if character is not None
-    ]
-    return [table.face(row, place) for place in places if place is not None]
-
-
-def _conditions(model: "Renderer", table: "TokenTable", mirrored: bool) -> tuple["Tensor", "Tensor", "Tensor"]:
-    """Tokens, padded sentences and padded faces of every row of the table or of its mirror image."""
-    import numpy as np
-    import torch
-
-    rows = range(len(table))
-    tokens = torch.from_numpy(np.stack([table.tokens(row, mirrored) for row in rows]).astype(np.float32))
-    sentences = model.pad_sentences([table.sentences(row, mirrored) for row in rows])
-    own = [np.array(_faces_of(table, row), np.float32).reshape(-1, table.widths["face_width"]) for row in rows]
-    faces = model.pad_faces(own)
-    return tokens, sentences, faces
+        table, device = views.tokens, model.autoencoder.device
+        rows = choose_evenly(len(table), self.config.measured_keyframes)
+        keys = [table.key(row) for row in rows]
+        conditions = zip(*(views[VIEWS * row][1:] for row in rows), strict=True)
+        stacked = [torch.stack(values).to(device) for values in conditions]
+        made = model.decode(*stacked, self.config.sampling_steps, self.config.seed).cpu()
+        size = model.autoencoder.architecture
+        keyframes = read_chosen(shards, keys, size.height_px, size.width_px)
+        training = set(table.split_rows("train"))
+        trained = [row in training for row in rows]
+        write_samples(out / "samples.parquet", keys, keyframes, made, self.config.sample_keyframes)
+        return measure_reconstructions(model.autoencoder, [film for film, _ in keys], trained, keyframes, made)

@@ -114,6 +114,28 @@ def save_clip(folder: Path) -> Path:
     return _save(folder, transformers.CLIPModel, config, tokenizer)
 
 
+def save_sdxl(folder: Path, variant: str | None = "fp16") -> Path:
+    """SDXL's UNet, VAE and scheduler in its makers' layout; the UNet's file is the half-precision one."""
+    import diffusers
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=24, attention_head_dim=(2, 4), norm_num_groups=8, use_linear_projection=True,
+        transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, scaling_factor=0.13025,
+    )  # fmt: skip
+    unet.half().save_pretrained(folder / "unet", variant=variant)
+    vae.save_pretrained(folder / "vae")
+    diffusers.EulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
 def save_grounding_dino(folder: Path) -> Path:
     """Grounding DINO with a tiny Swin and a tiny BERT."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "?", "person", "a", "dog"]

@@ -10,28 +10,41 @@ from models.autoencoder import (
     Architecture,
     Autoencoder,
     Compressor,
-    Decoder,
-    Draft,
     draw_noise,
     load_autoencoder,
     save_autoencoder,
 )
-from models.diffusion import NoiseSchedule, TrainingRun, add_token_noise, draw_batch, schedule_learning_rate
+from models.diffusion import NoiseSchedule, TrainingRun, add_token_noise, schedule_learning_rate
+from models.feature_table import FeatureSpace
+from models.loader import draw_batch
 from models.reconstructions import measure_reconstructions
 from models.renderer import Renderer, load_renderer, save_renderer
+from models.sdxl_decoder import SdxlDecoder, load_unet
+from models.small_decoder import Draft, SmallDecoder
+from tests.tiny_checkpoints import save_sdxl
 
-TINY = Architecture(
-    height_px=16,
-    width_px=32,
+SPACE = FeatureSpace(
+    image_encoder="dinov2_small",
     encoder_height_px=28,
     encoder_width_px=56,
+    patches=8,
+    feature_dim=384,
+    vae=None,
+    block_px=8,
+    luma=6,
+    chroma=3,
+    latent_channels=12,
+    height_px=16,
+    width_px=32,
+    crop_px=16,
+)
+TINY = Architecture(
+    space=SPACE,
     tokens=2,
     token_dim=8,
     compressor_width=16,
     compressor_heads=2,
-    block_px=8,
-    luma=6,
-    chroma=3,
+    pretrained=None,
     flattening=0.5,
     channels=(16, 16),
     layers=1,
@@ -150,7 +163,7 @@ def test_more_components_than_pictures_stay_zero():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_drafts_alone_denoise_latents_that_are_gaussian_around_them(prediction):
     generator = torch.Generator().manual_seed(0)
-    decoder = Decoder(replace(TINY, prediction=prediction), 12, NoiseSchedule(100, prediction))
+    decoder = SmallDecoder(replace(TINY, prediction=prediction), NoiseSchedule(100, prediction))
     decoder.draft.spread.data.fill_(math.log(0.25) / 4)  # a variance of 1/4
     decoder.draft.mean.copy_(torch.randn(12, 2, 4, generator=generator))
     tokens = torch.randn(500, 2, 8, generator=generator)
@@ -170,12 +183,41 @@ def test_drafts_alone_denoise_latents_that_are_gaussian_around_them(prediction):
 
 
 def test_fitted_features_have_unit_scale():
-    compressor = Compressor(TINY, feature_dim=6, patches=8)
+    compressor = Compressor(replace(TINY, space=replace(SPACE, feature_dim=6)))
     features = 100 + 7 * torch.randn(50, 8, 6, generator=torch.Generator().manual_seed(0))
     compressor.fit(features)
     scaled = (features - compressor.feature_mean) / compressor.feature_std
     assert scaled.mean().abs() < 1e-4
     assert scaled.std() == pytest.approx(1, abs=0.02)
+
+
+def test_sdxls_decoder_hears_tokens_sentences_and_their_order(tmp_path):
+    folder = save_sdxl(tmp_path)
+    torch.manual_seed(0)
+    decoder = SdxlDecoder(TINY, load_unet(folder)).eval()
+    noisy, tokens = torch.randn(2, 4, 4, 8), torch.randn(2, 2, 8)
+    steps = torch.tensor([10, 500])
+
+    def denoise(tokens, extra=None):
+        with torch.no_grad():
+            return decoder(noisy, steps, tokens, extra)
+
+    plain = denoise(tokens)
+    assert plain.shape == noisy.shape
+    assert torch.equal(plain, denoise(tokens))
+    assert not torch.allclose(plain, denoise(tokens.flip(1)))  # the pooled input is a map of all tokens in order
+    assert not torch.allclose(plain, denoise(tokens, torch.randn(2, 3, decoder.cross_dim)))
+
+
+def test_a_unet_without_pooled_text_is_refused(tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    plain = UNet2DConditionModel(
+        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="expected SDXL's text_time"):
+        SdxlDecoder(TINY, plain)
 
 
 @pytest.fixture

@@ -3,9 +3,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from transformers import CLIPVisionModel
 
 from models import weights
-from models.image_encoder import MEAN, STD, DinoV2, load_dinov2
+from models.image_encoder import MEAN, STD, ClipPatches, DinoV2, load_dinov2, open_image_encoder
+from models.weights import WeightsError
+from tests.tiny_checkpoints import save_clip
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +53,24 @@ def test_the_encoder_stays_frozen(encoder):
     assert not encoder.backbone.training
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not encoder.encode(torch.rand(1, 3, 28, 28)).requires_grad
+
+
+def test_clip_gives_the_patches_before_its_last_layer(tmp_path):
+    encoder = ClipPatches(save_clip(tmp_path))
+    whole = CLIPVisionModel.from_pretrained(tmp_path)
+    image = torch.rand(2, 3, 28, 28)
+    with torch.no_grad():
+        states = whole((image - encoder.mean) / encoder.std, output_hidden_states=True).hidden_states
+    assert (encoder.dim, encoder.patch_px, len(states)) == (32, 14, 3)
+    assert torch.equal(encoder.encode(image), states[-2][:, 1:])
+    assert encoder.encode(torch.rand(1, 3, 28, 56)).shape == (1, 2 * 4, 32)  # the table of positions is stretched
+
+
+def test_an_encoder_is_opened_by_name_or_folder(tmp_path):
+    assert isinstance(open_image_encoder("dinov2_small"), DinoV2)
+    assert isinstance(open_image_encoder(str(save_clip(tmp_path / "clip"))), ClipPatches)
+    with pytest.raises(WeightsError, match="no weights at /nowhere"):
+        open_image_encoder("/nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsError, match="no CLIP image encoder at"):
+        open_image_encoder(str(tmp_path / "empty"))

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -14,7 +13,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from models import weights
-from models.autoencoder import Architecture, Autoencoder, save_autoencoder
 from models.autoregressive import AutoregressiveConfig, AutoregressiveModel, save_autoregressive
 from models.language_model import build_language_model
 from models.script import Character, FrameScript
@@ -22,6 +20,7 @@ from models.token_table import write_token_table
 from stages.dream import SCHEMA, SPEC, Dream, DreamConfig
 from stages.errors import MissingInputError, StoryError
 from stages.spec import Inputs, no_progress
+from tests.stages.test_train_renderer import write_autoencoder
 
 TRUNK = {
     "vocab_size": 8, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -147,18 +146,8 @@ def test_going_on_from_a_film(model: list[Path], tokens: Path, tmp_path: Path) -
 
 
 def test_few_shot_from_pictures(model: list[Path], face_picture: Path, tmp_path: Path) -> None:
-    sizes = SimpleNamespace(
-        height_px=16, width_px=32, encoder_height_px=28, encoder_width_px=56, tokens=2, token_dim=4,
-        compressor_width=16, compressor_heads=2, block_px=8, luma=6, chroma=3, flattening=0.5, channels=(16, 16),
-        layers=1, cross_dim=16, heads=2, norm_groups=4, draft_components=0, draft_width=16,
-        timesteps=100, prediction="v_prediction",
-    )  # fmt: skip
-    folder = tmp_path / "autoencoder"
-    folder.mkdir()
-    torch.manual_seed(0)
-    save_autoencoder(Autoencoder(Architecture.from_settings(sizes)), folder)
     inputs = {"story": [write_story(tmp_path)], "autoregressive": model, "references": [face_picture] * 3}
-    inputs["autoencoder"] = sorted(folder.iterdir())
+    inputs["autoencoder"] = write_autoencoder(tmp_path / "autoencoder", token_dim=4)
     summary, rows = dream(tmp_path / "few", inputs, max_references=2)
     assert (summary["mode"], summary["references"]) == ("few-shot", 2)
     _, plain = dream(tmp_path / "zero", inputs, max_references=0)

@@ -85,4 +85,4 @@ def test_tokens_of_another_width_are_refused(models, tmp_path):
 
 def test_the_spec_names_the_class():
     assert SPEC.load() is Render
-    assert RenderConfig().weights() == ("dinov2_small",)
+    assert RenderConfig().weights() == ()

@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from models.autoencoder import Architecture, Autoencoder, save_autoencoder
+from models.feature_table import describe_space
 from models.script import FrameScript
 from models.token_table import write_token_table
 from stages.errors import MissingInputError
 from stages.spec import no_progress
 from stages.train_autoencoder import TrainAutoencoderConfig
 from stages.train_renderer import SPEC, TrainRenderer, TrainRendererConfig
-from tests.stages.test_train_autoencoder import TINY, StopTrainingError, write_shard
+from tests.stages.test_train_autoencoder import TINY, StopTrainingError
+from tests.stages.tiny_shards import SMALL, write_features, write_shard
 
 CONFIG = {
     "steps": 4,
@@ -67,18 +69,23 @@ def write_tokens(path: Path, frames: tuple[int, ...] = (0, 30), faces: bool = Tr
     return path
 
 
-def write_autoencoder(folder: Path) -> list[Path]:
+def write_autoencoder(folder: Path, **changes) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    save_autoencoder(Autoencoder(Architecture.from_settings(TrainAutoencoderConfig(**TINY))), folder)
+    sizes = {name: value for name, value in SMALL.items() if name not in ("luma", "chroma", "vae", "image_encoder")}
+    space = describe_space(None, "dinov2_small", None, 6, 3, 8, **sizes)
+    settings = TrainAutoencoderConfig(**{**TINY, **changes})
+    save_autoencoder(Autoencoder(Architecture.from_settings(settings, space)), folder)
     return sorted(folder.iterdir())
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, list[Path]]:
     folder = tmp_path_factory.mktemp("inputs")
+    shards = [write_shard(folder / "shard-0.tar")]
     return {
-        "shards": [write_shard(folder / "shard-0.tar")],
+        "shards": shards,
+        "features": write_features(shards, folder / "features"),
         "tokens": [write_tokens(folder / "tokens.parquet")],
         "autoencoder": write_autoencoder(folder / "autoencoder"),
     }
@@ -127,7 +134,7 @@ def test_without_faces_the_renderer_takes_none(inputs, tmp_path):
 
 def test_tokens_of_other_shards_are_refused(inputs, tmp_path):
     tokens = [write_tokens(tmp_path / "tokens.parquet", frames=(0, 60))]
-    with pytest.raises(MissingInputError, match="differ in 4 keyframes, first frame 30 of film0"):
+    with pytest.raises(MissingInputError, match="2 keyframes have tokens and no features, first frame 60 of film0"):
         _run(tmp_path, {**inputs, "tokens": tokens})
 
 
@@ -140,5 +147,4 @@ def test_tokens_without_training_keyframes_are_refused(inputs, tmp_path):
 def test_defaults_are_the_papers():
     config = TrainRendererConfig()
     assert (config.max_sentences, config.max_faces, config.mask_probability) == (15, 5, 0.2)
-    assert config.weights() == ("dinov2_small",)
     assert SPEC.load() is TrainRenderer
