@@ -74,7 +74,7 @@ def describe(model: Network, run: TrainingRun) -> dict[str, Any]:
     weights = gather_weights(model)
     return {
         "tensors": tensors, "weights": {name: tensor.clone() for name, tensor in weights.items()},
-        "generator": run.generator.get_state(), "history": run.history, "norm": run.gradient_norm.clone(),
+        "generator": run.generator.get_state(), "history": list(run.history), "norm": run.gradient_norm.clone(),
         "counts": (run.phase, run.step, run.total_steps),
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ from models.sequence import Kind
 from models.token_table import TokenTable, TokenTableError, write_token_table
 from stages.errors import ComputationError, MissingInputError
 from stages.spec import no_progress
-from stages.train_autoregressive import SPEC, TrainAutoregressive, TrainAutoregressiveConfig
+from stages.train_autoregressive import SPEC, TrainAutoregressive, TrainAutoregressiveConfig, _make_windows
 
 WIDTHS = {"tokens_per_frame": 2, "token_dim": 4, "text_width": 6, "face_width": 3}
 PLACES = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
@@ -68,7 +68,7 @@ def make_config(trunk: str, **changes: Any) -> TrainAutoregressiveConfig:
     settings: dict[str, Any] = {
         "trunk": trunk, "window_frames": 6, "batch_windows": 4, "steps": 8, "components": 3, "learning_rate": 1e-3,
         "new_learning_rate": 3e-3, "warmup_steps": 4, "references": 3, "shuffles": 2, "evaluation_steps": 4,
-        "checkpoint_steps": 3,
+        "checkpoint_steps": 3, "loader_workers": 0,
     }  # fmt: skip
     return TrainAutoregressiveConfig(**settings | changes)
 
@@ -112,7 +112,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(trunk: str, tmp_path: Path) ->
     train(config, table, tmp_path / "whole")
     with pytest.raises(Interrupted):
         train(config, table, tmp_path / "parts", stop_at_seven)
-    assert (tmp_path / "parts" / "scratch" / "checkpoint.safetensors").is_file()
+    assert (tmp_path / "parts" / "scratch" / "checkpoints" / "00000006-000").is_dir()
     seen: list[int] = []
     train(config, table, tmp_path / "parts", lambda done, total, message: seen.append(done))
     assert seen[0] == 7  # six of eight steps were in the checkpoint
@@ -141,8 +141,8 @@ def test_words_stay_frozen_and_the_model_loads(trunk: str, tmp_path: Path) -> No
 def draw_windows(trunk: str, tmp_path: Path, count: int, **changes: Any) -> list[Any]:
     stage = TrainAutoregressive(make_config(trunk, **changes))
     table = TokenTable(write_rows(tmp_path, make_rows()))
-    model = stage._build_model(table)
-    return [stage._draw_window(table, model.tokenizer, np.random.default_rng(seed)) for seed in range(count)]
+    windows = _make_windows(stage._config, table, stage._build_model(table).tokenizer)
+    return [windows.draw(np.random.default_rng(seed)) for seed in range(count)]
 
 
 def find_frames(window: Any, kind: Kind) -> list[tuple[int, int, bool]]:
