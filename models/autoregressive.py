@@ -332,9 +332,7 @@ def _add_residual_dropout(trunk: LlamaModel, probability: float) -> None:
         layer.mlp.down_proj.register_forward_hook(drop)
 
 
-def save_autoregressive(
-    model: AutoregressiveModel, folder: Path, weights: Mapping[str, Tensor] | None = None
-) -> None:
+def save_autoregressive(model: AutoregressiveModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write model.safetensors, which holds all that loading needs, and config.json for readers.
 
     Args:

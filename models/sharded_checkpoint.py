@@ -80,7 +80,7 @@ def load_tensors(checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=FileSystemReader(checkpoint), no_dist=process_count() == 1)
 
 
-class _alone(warnings.catch_warnings):  # noqa: N801
+class _alone(warnings.catch_warnings):
     """Where a single process needs no warning that it is one."""
 
     def __enter__(self) -> None:

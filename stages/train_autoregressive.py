@@ -120,7 +120,7 @@ class TrainAutoregressiveConfig(StageConfig):
 
 SPEC = StageSpec(
     name="train_autoregressive",
-    version=3,
+    version=4,
     implementation="stages.train_autoregressive:TrainAutoregressive",
     inputs=("tokens",),
     output="autoregressive",

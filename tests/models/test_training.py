@@ -4,22 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
 from models.processes import gather_weights, place_model, process_index, sum_over_processes
-from models.sharded_checkpoint import newest_checkpoint
-from models.training import TrainingRun, schedule_learning_rate
+from models.training import TrainingRun
 
 STEPS = 4
 PARTS = 2
 
 
 class Network(nn.Module):
-    """Layers, a frozen one, a parameter and a buffer of the root's own; sizes that two processes cannot share evenly."""
+    """Layers, a frozen one, a parameter and a buffer of its own; two processes cannot share sizes evenly."""
 
     def __init__(self) -> None:
         super().__init__()
