@@ -10,10 +10,10 @@ Source: the paper, section 3.3 (equations 2 to 5) and appendix A (equations 6 to
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from transformers import LlamaModel
 
 from models.gmm import Mixture, fit_gaussian, mixture_of_parameters, parameter_count
 from models.language_model import build_language_model
+from models.processes import Precision, autocast
 from models.sequence import FrameSequence, Kind, SequenceBatch, collate_sequences
 
 METADATA_KEY = "moviedreamer"
@@ -74,8 +75,7 @@ class AutoregressiveConfig:
     carry_previous: bool = False
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Means over the targets of a batch.
 
     Attributes:
@@ -115,12 +115,16 @@ class Projection(nn.Module):
 class AutoregressiveModel(nn.Module):
     """The story model. Tokens are standardized inside with statistics that the checkpoint keeps.
 
+    Attributes:
+        precision: Of the trunk's matrix products; projections, mixture head and losses are always float32.
+
     Source: the paper, section 3.3.
     """
 
     def __init__(self, config: AutoregressiveConfig, trunk: LlamaModel, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
+        self.precision: Precision = "float32"
         self.trunk = trunk
         self.trunk.embed_tokens.requires_grad_(False)
         hidden = trunk.config.hidden_size
@@ -162,13 +166,16 @@ class AutoregressiveModel(nn.Module):
         if len(sentences):
             self.text_mean.copy_(sentences.mean(0))
 
-    def new_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that do not come from the pretrained trunk."""
-        return [p for name, p in self.named_parameters() if not name.startswith("trunk.") and p.requires_grad]
+    def new_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters, by name, that do not come from the pretrained trunk."""
+        return {name: p for name, p in self._trainable() if not name.startswith("trunk.")}
 
-    def trunk_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters of the trunk; the table of words stays frozen."""
-        return [p for p in self.trunk.parameters() if p.requires_grad]
+    def trunk_parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters of the trunk, by name; the table of words stays frozen."""
+        return {name: p for name, p in self._trainable() if name.startswith("trunk.")}
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def standardize(self, tokens: Float[Tensor, "row dim"]) -> Float[Tensor, "row dim"]:
         """Whole frames of raw tokens, row by row, to standardized ones."""
@@ -223,7 +230,8 @@ class AutoregressiveModel(nn.Module):
         mask = None
         if self.training and self.config.mask_probability > 0:
             mask = masked_causal_attention(*inputs.shape[:2], self.config.mask_probability, inputs)
-        hidden = self.trunk(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        with autocast(inputs.device.type, self.precision):
+            hidden = self.trunk(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
         is_target = batch.kinds == Kind.TOKEN
         is_row = is_target | (batch.kinds == Kind.REFERENCE)
         targets = is_target[is_row]
@@ -324,13 +332,20 @@ def _add_residual_dropout(trunk: LlamaModel, probability: float) -> None:
         layer.mlp.down_proj.register_forward_hook(drop)
 
 
-def save_autoregressive(model: AutoregressiveModel, folder: Path) -> None:
-    """Write model.safetensors, which holds all that loading needs, and config.json for readers."""
+def save_autoregressive(model: AutoregressiveModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write model.safetensors, which holds all that loading needs, and config.json for readers.
+
+    Args:
+        model: What is saved; in float32, whatever it was computed in.
+        folder: That of the files.
+        weights: The state dict of a model that is sharded.
+    """
+    weights = model.state_dict() if weights is None else weights
     config = asdict(model.config)
     # One key: the file format keeps several in no particular order, and bytes should be the same each time.
     header = {METADATA_KEY: json.dumps({"config": config, "tokenizer": model.tokenizer.to_str()}, sort_keys=True)}
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata=header)
+    whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(whole, folder / "model.safetensors", metadata=header)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

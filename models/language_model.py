@@ -40,12 +40,13 @@ class LanguageModelError(ValueError):
     """A language model cannot be used; the message names the file and the remedy."""
 
 
-def load_language_model(path: Path, layers: int | None = None) -> tuple[LlamaModel, Tokenizer]:
+def load_language_model(path: Path, layers: int | None = None, empty: bool = False) -> tuple[LlamaModel, Tokenizer]:
     """Load the first layers of a language model in float32, in evaluation mode, and its tokenizer.
 
     Args:
         path: A `.gguf` file, a folder with one, or a folder with config.json, safetensors and tokenizer.json.
         layers: How many layers to keep from the first on; None keeps all.
+        empty: Leave the model's weights as they come, for one that is filled later.
 
     Raises:
         LanguageModelError: There is no model, it is not of the LLaMA family, or it has fewer layers.
@@ -53,9 +54,9 @@ def load_language_model(path: Path, layers: int | None = None) -> tuple[LlamaMod
     if len(found := list(path.glob("*.gguf"))) == 1:
         path = found[0]
     if path.suffix == ".gguf" and path.is_file():
-        return _load_gguf(path, layers)
+        return _load_gguf(path, layers, empty)
     if (path / "config.json").is_file():
-        return _load_folder(path, layers)
+        return _load_folder(path, layers, empty)
     raise LanguageModelError(f"no language model at {path}: expected a .gguf file or a folder with config.json")
 
 
@@ -70,17 +71,20 @@ def describe_language_model(model: LlamaModel) -> dict[str, Any]:
     return {name: fields[name] for name in _ARCHITECTURE}
 
 
-def _load_folder(path: Path, layers: int | None) -> tuple[LlamaModel, Tokenizer]:
+def _load_folder(path: Path, layers: int | None, empty: bool) -> tuple[LlamaModel, Tokenizer]:
     config = LlamaConfig.from_pretrained(path, local_files_only=True)
     if config.model_type != "llama":
         raise LanguageModelError(f"{path} holds a {config.model_type!r} model: expected one of the LLaMA family")
     config.num_hidden_layers = _checked_layers(layers, config.num_hidden_layers, path)
-    model = LlamaModel.from_pretrained(path, config=config, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if empty:
+        model = LlamaModel(config).float()
+    else:
+        model = LlamaModel.from_pretrained(path, config=config, dtype=torch.float32, local_files_only=True)
     return model.eval(), tokenizer.backend_tokenizer
 
 
-def _load_gguf(path: Path, layers: int | None) -> tuple[LlamaModel, Tokenizer]:
+def _load_gguf(path: Path, layers: int | None, empty: bool) -> tuple[LlamaModel, Tokenizer]:
     from gguf import GGUFReader  # here, because it alone takes a second to import
 
     reader = GGUFReader(path)
@@ -91,7 +95,8 @@ def _load_gguf(path: Path, layers: int | None) -> tuple[LlamaModel, Tokenizer]:
     config = _gguf_config(meta)
     config["num_hidden_layers"] = _checked_layers(layers, config["num_hidden_layers"], path)
     model = build_language_model(config)
-    model.load_state_dict(dict(_gguf_weights(reader, model.config)))
+    if not empty:
+        model.load_state_dict(dict(_gguf_weights(reader, model.config)))
     return model, _gguf_tokenizer(reader)
 
 

@@ -82,7 +82,11 @@ class SequenceBatch:
 
     def to(self, device: torch.device | str) -> "SequenceBatch":
         """The batch on another device."""
-        return SequenceBatch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        return SequenceBatch(*(value.to(device, non_blocking=True) for value in vars(self).values()))
+
+    def pin_memory(self) -> "SequenceBatch":
+        """The batch in memory from which an accelerator copies by itself."""
+        return SequenceBatch(*(value.pin_memory() for value in vars(self).values()))
 
 
 def build_sequence(

@@ -73,6 +73,11 @@ class TokenTable:
         for row in self.split_rows("train"):
             self._training_rows.setdefault(self.films[row], []).append(row)
 
+        self._path = path
+
+    def __reduce__(self) -> tuple[type["TokenTable"], tuple[Path]]:
+        return TokenTable, (self._path,)  # another process reads the file itself
+
     def __len__(self) -> int:
         return len(self.films)
 

@@ -26,6 +26,8 @@ POLL_S = 0.5
 ITEM_LIMIT_S = 3600.0
 """Time limit of a unit of an item stage, where its settings name none."""
 OBJECT_STORE_BYTES = 200_000_000
+LAUNCHER_CPUS = 0.1
+"""Of a job whose work is done in processes that it starts."""
 
 
 class Board:
@@ -229,6 +231,8 @@ class RayExecutor:
         """Have a pool of actors of the shape that the stage asks for, as far as the cluster has it."""
         cpus = min(spec.cpus, self._total.get("CPU", 1.0))
         gpus = min(spec.gpus_for(config), self._total.get("GPU", 0.0))
+        if config.starts_processes():
+            cpus, gpus = LAUNCHER_CPUS, 0.0
         room = int(self._total.get("CPU", 1.0) // cpus)
         if gpus:
             room = min(room, int(self._total["GPU"] // gpus))

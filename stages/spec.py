@@ -59,6 +59,10 @@ class StageConfig(BaseModel):
         """Whether these settings choose models that want an accelerator of their own."""
         return False
 
+    def starts_processes(self) -> bool:
+        """Whether a job under these settings starts processes that ask for cores and accelerators themselves."""
+        return False
+
     def weights(self) -> tuple[str, ...]:
         """Weights that these settings need: names in `models.weights.TABLE`, or paths of the user's own."""
         return ()

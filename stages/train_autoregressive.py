@@ -9,18 +9,24 @@ Source: the paper, section 3.3, equations 2 to 8, and appendix A "Autoregressive
 """
 
 import json
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models import weights
 from stages.errors import ComputationError, MissingInputError
 from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
 
 if TYPE_CHECKING:
+    from models.autoregressive import AutoregressiveModel
+    from models.sequence import SequenceBatch
     from models.token_table import TokenTable
+    from models.training import TrainingRun
 
 HISTORY_POINTS = 200
 LOSS_NAMES = ("loss", "nll", "l1", "l2")
@@ -36,11 +42,18 @@ class TrainAutoregressiveConfig(StageConfig):
     layers: int | None = Field(None, ge=1, description="first layers of the language model to use; null for all")
     window_frames: int = Field(128, ge=1, description="consecutive keyframes in a training sequence")
     batch_windows: int = Field(1, ge=1, description="sequences in a step")
+    micro_batches: int = Field(
+        1, ge=1, description="equal parts in which a step's sequences are computed, one after the other or by several "
+        "processes; more take less memory"
+    )  # fmt: skip
     steps: int = Field(100_000, ge=1, description="training steps")
     learning_rate: float = Field(2e-5, gt=0, description="of the pretrained layers, constant after the warm-up")
     new_learning_rate: float = Field(2e-5, gt=0, description="of the projections, frame marks and mixture head")
     warmup_steps: int = Field(2000, ge=0, description="steps in which the learning rate rises from 0")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the language model's matrix products; weights and losses stay float32"
+    )
     components: int = Field(16, ge=1, description="components of the mixture (k)")
     scale_floor: float = Field(1e-6, gt=0, description="smallest standard deviation, in standardized token units")
     input_dropout: float = Field(0.5, ge=0, lt=1, description="on projected sentences, faces and frame tokens")
@@ -66,6 +79,35 @@ class TrainAutoregressiveConfig(StageConfig):
     evaluation_steps: int = Field(1000, ge=1, description="steps between points of the held-out curve")
     checkpoint_steps: int = neutral(1000, "steps between checkpoints", ge=1)
     seed: int = Field(0, ge=0, description="of everything random")
+    processes: int = neutral(
+        1, "processes that train together, each on an accelerator of its own where there are any; results are equal up "
+        "to rounding. Those on several hosts need scratch and weights on a file system that the hosts share", ge=1
+    )  # fmt: skip
+    gradient_checkpointing: bool = neutral(False, "compute activations twice in place of keeping them: less memory")
+    loader_workers: int = neutral(2, "processes that draw sequences ahead of training; 0 for none", ge=0)
+    log_dir: Path | None = neutral(None, "folder of TensorBoard's logs; none: `logs` in the workspace's scratch folder")
+    tracker: Literal["none", "mlflow", "wandb"] = neutral(
+        "none", "where numbers of the run go beside; addresses and keys come from the tracker's environment variables"
+    )
+
+    @model_validator(mode="after")
+    def _divides_evenly(self) -> "TrainAutoregressiveConfig":
+        """A step is the mean over micro-batches of one size, which processes share evenly."""
+        if self.batch_windows % self.micro_batches:
+            raise ValueError(
+                f"batch_windows {self.batch_windows} cannot be cut into {self.micro_batches} equal micro_batches: "
+                "choose a multiple of micro_batches"
+            )
+        if self.micro_batches % self.processes:
+            raise ValueError(
+                f"{self.processes} processes cannot share {self.micro_batches} micro_batches evenly: raise "
+                "batch_windows and micro_batches to a multiple of processes"
+            )
+        return self
+
+    def starts_processes(self) -> bool:
+        """Training processes are started by the job and ask for cores and accelerators themselves."""
+        return self.processes > 1
 
     def weights(self) -> tuple[str, ...]:
         """The language model."""
@@ -78,7 +120,7 @@ class TrainAutoregressiveConfig(StageConfig):
 
 SPEC = StageSpec(
     name="train_autoregressive",
-    version=3,
+    version=4,
     implementation="stages.train_autoregressive:TrainAutoregressive",
     inputs=("tokens",),
     output="autoregressive",
@@ -93,52 +135,87 @@ class TrainAutoregressive:
     """Trains and measures the story model; goes on from the checkpoint in `scratch`."""
 
     def __init__(self, config: TrainAutoregressiveConfig, weights_dir: Path | None = None) -> None:
-        import torch
-
         self._config, self._weights_dir = config, weights_dir
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def __call__(self, inputs: Inputs, out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
         """Train on the rows of split "train" of `tokens.parquet`.
 
-        Writes model.safetensors, config.json, history.json and metrics.json.
+        Writes model.safetensors (float32, whatever the precision of training), config.json, history.json and
+        metrics.json.
 
         Returns:
             The content of metrics.json.
 
         Raises:
             MissingInputError: There is no table of tokens.
-            ComputationError: No keyframe is for training, or the loss is no longer a number.
+            ComputationError: No keyframe is for training, the loss is no longer a number, or a process failed.
+            TrackerError: The tracker is not installed.
         """
-        import torch
-
-        from models.autoregressive import save_autoregressive
         from models.token_table import TokenTable
+        from models.training_log import load_tracker
 
         if not inputs.get("tokens"):
             raise MissingInputError("there are no tokens: run the tokenize stage first")
         keyframes = TokenTable(inputs["tokens"][0])
         if not keyframes.runs("train"):
             raise ComputationError("no keyframe is for training: lower shards.heldout_share or ingest more films")
+        load_tracker(self._config.tracker)
+        body = partial(self._run, keyframes, out, scratch)
+        if self._config.processes == 1:
+            return body(progress)
+        from stages.training_processes import run_processes
+
+        return run_processes(body, self._config.processes, SPEC.cpus, scratch, progress)
+
+    def _run(self, keyframes: "TokenTable", out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
+        """Everything, in each process that trains; the first one writes the results."""
+        import torch
+
+        from models.autoregressive import save_autoregressive
+        from models.heldout import HeldoutKeyframes
+        from models.processes import gather_weights, process_index
+
+        config = self._config
+        heldout = HeldoutKeyframes(keyframes, config.window_frames, config.seed)
         with torch.random.fork_rng():
-            torch.manual_seed(self._config.seed)
-            model = self._build_model(keyframes)
-            history = self._train(model, keyframes, scratch / "checkpoint.safetensors", progress)
-        progress(self._config.steps, self._config.steps, "measuring held-out likelihood")
-        metrics = self._measure(model, keyframes)
-        save_autoregressive(model, out)
-        for name, content in (("history", history), ("metrics", metrics)):
-            (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            torch.manual_seed(config.seed)
+            model = self._place_model(keyframes)
+            history = self._train(model, keyframes, heldout, scratch, progress)
+        progress(config.steps, config.steps, "measuring held-out likelihood")
+        metrics = heldout.measure(model, config.shuffles)
+        trained = gather_weights(model)
+        if process_index() == 0:
+            save_autoregressive(model, out, trained)
+            for name, content in (("history", history), ("metrics", metrics)):
+                (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return metrics
 
-    def _build_model(self, keyframes: "TokenTable") -> Any:
+    def _place_model(self, keyframes: "TokenTable") -> "AutoregressiveModel":
+        import torch
+
+        from models.processes import place_model
+
+        model = place_model(
+            partial(self._build_model, keyframes),
+            lambda model: model.trunk.layers,
+            ("losses", "log_likelihood"),
+            "cuda" if torch.cuda.is_available() else "cpu",
+            self._config.precision,
+        )
+        model.precision = self._config.precision
+        if self._config.gradient_checkpointing:
+            model.trunk.gradient_checkpointing_enable()
+        return model
+
+    def _build_model(self, keyframes: "TokenTable", with_weights: bool = True) -> "AutoregressiveModel":
         import torch
 
         from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+        from models.heldout import training_tokens
         from models.language_model import describe_language_model, load_language_model
 
-        config = self._config
-        trunk, tokenizer = load_language_model(weights.locate(config.trunk, self._weights_dir), config.layers)
+        config, folder = self._config, weights.locate(self._config.trunk, self._weights_dir)
+        trunk, tokenizer = load_language_model(folder, config.layers, empty=not with_weights)
         same = ("components", "scale_floor", "input_dropout", "residual_dropout", "mask_probability", "context_noise",
                 "carry_previous")  # fmt: skip
         architecture = AutoregressiveConfig(
@@ -147,190 +224,105 @@ class TrainAutoregressive:
             **{name: getattr(config, name) for name in same},
         )
         model = AutoregressiveModel(architecture, trunk, tokenizer)
-        model.fit_standardization(_training_tokens(keyframes))
-        sentences = [keyframes.sentences(row) for row in keyframes.split_rows("train")]
-        model.fit_text_mean(torch.from_numpy(np.concatenate(sentences)))
-        return model.to(self._device)
+        if with_weights:
+            model.fit_standardization(training_tokens(keyframes))
+            sentences = [keyframes.sentences(row) for row in keyframes.split_rows("train")]
+            model.fit_text_mean(torch.from_numpy(np.concatenate(sentences)))
+        return model
 
-    def _train(self, model: Any, keyframes: "TokenTable", checkpoint: Path, progress: Progress) -> list[dict[str, Any]]:
-        import torch
+    def _train(
+        self, model: "AutoregressiveModel", keyframes: "TokenTable", heldout: Any, scratch: Path, progress: Progress
+    ) -> list[dict[str, Any]]:
+        from models.training import TrainingRun
+        from models.training_windows import load_windows
 
         config = self._config
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": model.new_parameters(), "rate": config.new_learning_rate},
-                {"params": model.trunk_parameters(), "rate": config.learning_rate},
-            ],
-            weight_decay=config.weight_decay,
+        groups = model.new_parameters(), model.trunk_parameters()
+        run = TrainingRun(*groups, seed=config.seed, weight_decay=config.weight_decay, model=model)
+        run.restore(scratch / "checkpoints")
+        windows = _make_windows(config, keyframes, model.tokenizer)
+        batches = load_windows(
+            windows, range(run.step, config.steps), config.micro_batches, config.loader_workers, _device_of(model)
         )
-        losses, heldout = _load_checkpoint(checkpoint, model, optimizer)
-        for step in range(len(losses), config.steps):
-            losses.append(self._train_step(model, optimizer, keyframes, step))
-            done = step + 1
-            if done % config.evaluation_steps == 0 or done == config.steps:
-                heldout.append([done, self._heldout_nll(model, keyframes)])
-            if done % config.checkpoint_steps == 0 and done < config.steps:
-                _save_checkpoint(checkpoint, model, optimizer, losses, heldout)
-            progress(done, config.steps, f"loss {np.mean([row[0] for row in losses[-20:]]):.3f}")
-        return _history(losses, heldout)
+        with self._open_log(scratch, run.step) as write:
+            while run.step < config.steps:
+                numbers = self._train_step(model, run, batches)
+                write(run.step, numbers)
+                run.history.append({"phase": "train", "step": run.step} | {name: numbers[name] for name in LOSS_NAMES})
+                if run.step % config.evaluation_steps == 0 or run.step == config.steps:
+                    run.history.append({"phase": "heldout", "step": run.step, "loss": heldout.nll(model)})
+                if run.step % config.checkpoint_steps == 0 and run.step < config.steps:
+                    run.save(scratch / "checkpoints")
+                progress(run.step, config.steps, _describe_progress(run.history, numbers))
+        return _thin_out(run.history)
 
-    def _train_step(self, model: Any, optimizer: Any, keyframes: "TokenTable", step: int) -> list[float]:
-        """One step. All that is random in it follows from the seed and the step, so a resumed run draws the same."""
+    def _open_log(self, scratch: Path, step: int) -> Any:
+        """Where the numbers of each step go: a log in the first process, nowhere in the others."""
+        from models.training_log import open_log
+
+        folder = (self._config.log_dir or scratch.parent / "logs") / scratch.name
+        return open_log(folder, self._config.tracker, self._config.model_dump(mode="json"), step)
+
+    def _train_step(
+        self, model: "AutoregressiveModel", run: "TrainingRun", batches: "Iterator[tuple[int, SequenceBatch]]"
+    ) -> dict[str, float]:
+        """One step; its losses, and how fast it was. All that is random in it follows from the seed and the step."""
         import torch
 
-        config = self._config
-        rng = np.random.default_rng([config.seed, step])
-        torch.manual_seed(int(rng.integers(2**62)))
-        windows = [self._draw_window(keyframes, model.tokenizer, rng) for _ in range(config.batch_windows)]
+        from models.processes import process_count, sum_over_processes
+        from models.training import schedule_learning_rate
+
+        config, started, waited, positions = self._config, time.perf_counter(), 0.0, 0
+        own = config.micro_batches // process_count()
+        sums = torch.zeros(4, device=model.token_mean.device)
         model.train()
-        losses = model.losses(model.collate(windows))
-        if not torch.isfinite(losses.total):
-            raise ComputationError(f"the loss of step {step} is {losses.total.item()}: lower the learning rates")
-        losses.total.backward()
-        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * min(1.0, (step + 1) / max(1, config.warmup_steps))
-        optimizer.step()
-        optimizer.zero_grad()
-        return [value.item() for value in (losses.total, losses.nll, losses.l1, losses.l2)]
-
-    def _draw_window(self, keyframes: "TokenTable", tokenizer: Any, rng: np.random.Generator) -> Any:
-        """A training sequence, augmented.
-
-        Source: section 3.3 "Anti-overfitting" and "Few-shot training". References come from outside the window:
-        one of its own frames would give away the answer.
-        """
-        from models.sequence import build_sequence
-
-        config, size = self._config, self._config.window_frames
-        cut = int(rng.integers(1, size)) if size > 1 and rng.random() < config.montage_probability else size
-        window = [row for part in (cut, size - cut) if part for row in _draw_stretch(keyframes, part, rng)]
-        mirrored = bool(rng.random() < config.flip_probability)
-        references: list[np.ndarray] = []
-        if rng.random() < config.reference_probability:
-            inside = set(window)
-            others = [row for row in keyframes.training_rows_of(keyframes.films[window[0]]) if row not in inside]
-            drawn = rng.choice(others, min(config.references, len(others)), replace=False) if others else []
-            references = [keyframes.tokens(int(row), mirrored) for row in drawn]
-        order = window[::-1] if rng.random() < config.reverse_probability else window
-        return build_sequence([keyframes.frame(row, rng, mirrored) for row in order], tokenizer, references)
-
-    def _heldout_nll(self, model: Any, keyframes: "TokenTable", scripts: dict[int, int] | None = None) -> float | None:
-        """Held-out negative log-likelihood, nats a token dimension; None without held-out keyframes.
-
-        Args:
-            scripts: Row of a frame to the row whose script it is given; its own where None.
-        """
-        from models.sequence import build_sequence
-
-        rng = np.random.default_rng([self._config.seed, 1])
-        model.eval()
-        total, count = 0.0, 0
-        for window in keyframes.windows("heldout", self._config.window_frames):
-            frames = [keyframes.frame(row, rng, script_row=scripts and scripts[row]) for row in window]
-            batch = model.collate([build_sequence(frames, model.tokenizer)])
-            likelihood = model.log_likelihood(batch)
-            total, count = total - float(likelihood.double().sum()), count + len(likelihood)
-        return total / (count * model.config.token_dim) if count else None
-
-    def _measure(self, model: Any, keyframes: "TokenTable") -> dict[str, Any]:
-        """The held-out likelihood and what it is compared with."""
-        import torch
-
-        from models.gmm import fit_gaussian
-
-        rows, training = keyframes.split_rows("heldout"), keyframes.split_rows("train")
-        metrics: dict[str, Any] = {
-            "unit": "nats per token dimension, lower is better",
-            "definition": "mean negative log density of the raw tokens of held-out keyframes, each window of them "
-            "read from its first frame on without earlier frames",
-            "heldout_frames": len(rows),
-            "training_frames": len(training),
-            "nll": self._heldout_nll(model, keyframes),
-            "nll_scripts_shuffled": None,
-        }
-        if len(rows) > 1:
-            exchanges = [_exchange(rows, np.random.default_rng([self._config.seed, 2, i]))
-                         for i in range(self._config.shuffles)]  # fmt: skip
-            shuffled = [self._heldout_nll(model, keyframes, exchange) for exchange in exchanges]
-            metrics["nll_scripts_shuffled"] = float(np.mean(shuffled))
-        metrics |= dict.fromkeys(("nll_gaussian_diagonal", "nll_gaussian_full", "gaussian_shrinkage"))
-        if rows:
-            heldout = np.stack([keyframes.tokens(row).ravel() for row in rows])
-            gaussian = fit_gaussian(_training_tokens(keyframes).flatten(1))
-            for name, correlated in (("diagonal", False), ("full", True)):
-                metrics[f"nll_gaussian_{name}"] = gaussian.nll(torch.from_numpy(heldout), correlated)
-            metrics["gaussian_shrinkage"] = gaussian.shrinkage
-        return metrics
+        for part in range(own):
+            asked = time.perf_counter()
+            seed, batch = next(batches)
+            waited += time.perf_counter() - asked
+            torch.manual_seed(seed)
+            losses = model.losses(batch.to(model.token_mean.device))
+            sums += torch.stack([losses.total, *losses]).detach()
+            run.add_gradients(losses.total, own, part == own - 1)
+            positions += batch.kinds.numel()
+        values = (sum_over_processes(sums) / config.micro_batches).tolist()
+        if not np.isfinite(values[0]):
+            raise ComputationError(f"the loss of step {run.step} is {values[0]}: lower the learning rates")
+        rates = [
+            schedule_learning_rate(peak, run.step, config.steps, "constant", config.warmup_steps)
+            for peak in (config.new_learning_rate, config.learning_rate)
+        ]
+        run.take_step(*rates)
+        speed = {"gradient_norm": run.gradient_norm.item(), "learning_rate": rates[1], "new_learning_rate": rates[0]}
+        seconds = time.perf_counter() - started
+        speed |= {"wait_share": waited / seconds, "positions_per_s": positions * process_count() / seconds}
+        return dict(zip(LOSS_NAMES, values, strict=True)) | speed
 
 
-def _draw_stretch(keyframes: "TokenTable", frames: int, rng: np.random.Generator) -> list[int]:
-    """Rows of consecutive training keyframes; fewer where a film has no such long run."""
-    runs = keyframes.runs("train")
-    sizes = np.asarray([len(run) for run in runs], float)
-    run = runs[rng.choice(len(runs), p=sizes / sizes.sum())]
-    start = int(rng.integers(max(1, len(run) - frames + 1)))
-    return run[start : start + frames]
+def _make_windows(config: TrainAutoregressiveConfig, keyframes: "TokenTable", tokenizer: Any) -> Any:
+    from models.training_windows import TrainingWindows, WindowSettings
+
+    settings = {name: getattr(config, name) for name in WindowSettings.__dataclass_fields__}
+    return TrainingWindows(keyframes, tokenizer, WindowSettings(**settings))
 
 
-def _training_tokens(keyframes: "TokenTable") -> Any:
-    """Tokens of the training keyframes and of their mirror images, float32 [frame, token, dim]."""
-    import torch
-
-    rows = keyframes.split_rows("train")
-    tokens = [keyframes.tokens(row, mirrored) for mirrored in (False, True) for row in rows]
-    return torch.from_numpy(np.stack(tokens))
+def _device_of(model: "AutoregressiveModel") -> str:
+    return model.token_mean.device.type
 
 
-def _exchange(rows: list[int], rng: np.random.Generator) -> dict[int, int]:
-    """Give each row another row's place: a random cycle, so that none keeps its own."""
-    order = rng.permutation(rows).tolist()
-    return dict(zip(order, order[1:] + order[:1], strict=True))
+def _describe_progress(history: list[dict[str, Any]], numbers: dict[str, float]) -> str:
+    latest = [point["loss"] for point in history[-40:] if point["phase"] == "train"][-20:]
+    waiting = f", waiting for data {numbers['wait_share']:.0%}" if numbers["wait_share"] > 0.02 else ""
+    return f"loss {np.mean(latest):.3f}{waiting}"
 
 
-def _history(losses: list[list[float]], heldout: list[list[Any]]) -> list[dict[str, Any]]:
+def _thin_out(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over at most 200 stretches of steps, then the held-out curve."""
-    stretch = max(1, -(-len(losses) // HISTORY_POINTS))
+    steps = [point for point in history if point["phase"] == "train"]
+    stretch = max(1, -(-len(steps) // HISTORY_POINTS))
     points = []
-    for start in range(0, len(losses), stretch):
-        part = np.asarray(losses[start : start + stretch])
-        means = dict(zip(LOSS_NAMES, part.mean(0).tolist(), strict=True))
-        points.append({"phase": "train", "step": start + len(part), **means})
-    return points + [{"phase": "heldout", "step": step, "loss": nll} for step, nll in heldout if nll is not None]
-
-
-def _save_checkpoint(
-    path: Path, model: Any, optimizer: Any, losses: list[list[float]], heldout: list[list[Any]]
-) -> None:
-    """Everything that later steps depend on; written beside and then renamed, so it is whole or not there."""
-    import torch
-    from safetensors.torch import save_file
-
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items() if name not in frozen}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": value for name, value in state.items()}
-    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-    beside = path.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, beside, {"heldout": json.dumps(heldout)})
-    beside.replace(path)
-
-
-def _load_checkpoint(path: Path, model: Any, optimizer: Any) -> tuple[list[list[float]], list[list[Any]]]:
-    """Fill model and optimizer; the losses and the held-out curve so far, empty where there is no checkpoint."""
-    if not path.is_file():
-        return [], []
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    with safe_open(path, framework="pt") as stream:
-        heldout = json.loads(stream.metadata()["heldout"])
-    model.load_state_dict({n.removeprefix("model/"): v for n, v in tensors.items() if n[:6] == "model/"}, strict=False)
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, part = name.split("/")
-            state.setdefault(int(index), {})[part] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return tensors["losses"].tolist(), heldout
+    for start in range(0, len(steps), stretch):
+        part = steps[start : start + stretch]
+        means = {name: float(np.mean([point[name] for point in part])) for name in LOSS_NAMES}
+        points.append({"phase": "train", "step": part[-1]["step"], **means})
+    return points + [point for point in history if point["phase"] == "heldout" and point["loss"] is not None]

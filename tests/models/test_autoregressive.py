@@ -212,14 +212,15 @@ def test_unmasked_training_mask_equals_plain_causal_attention() -> None:
 def test_components_part_and_the_word_table_stays() -> None:
     model = make_model(trained=False).train()
     words = model.trunk.embed_tokens.weight.clone()
-    optimizer = torch.optim.AdamW([*model.new_parameters(), *model.trunk_parameters()], lr=0.01)
+    trained = [*model.new_parameters().values(), *model.trunk_parameters().values()]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
     batch = model.collate([build_sequence(make_frames(3), model.tokenizer)])
     for _ in range(5):
         optimizer.zero_grad()
         model.losses(batch).total.backward()
         optimizer.step()
     assert torch.equal(model.trunk.embed_tokens.weight, words)
-    assert all(p.grad is not None for p in [*model.new_parameters(), *model.trunk_parameters()])
+    assert all(p.grad is not None for p in trained)
     mixture, _ = model.eval().predict(batch)
     assert mixture.locations.std(-2).min() > 1e-3
 
