@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models import weights
-from models.diffusion import NoiseSchedule, Prediction
-from models.feature_table import FeatureSpace, FrozenModels
+from models.diffusion import NoiseSchedule, Prediction, add_token_noise
+from models.feature_table import FeatureSpace, FeatureTable, FrozenModels
 from models.latents import cover
 from models.sdxl_decoder import SdxlDecoder, describe_unet, load_unet
 from models.small_decoder import SmallDecoder
+
+FITTED_VIEWS = 2000
+"""Views on which features and latents are measured."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,11 @@ class Compressor(nn.Module):
         return functional.layer_norm(tokens, tokens.shape[-1:])
 
 
+def sharded_parts(decoder: SmallDecoder | SdxlDecoder) -> list[nn.Module]:
+    """The parts of a decoder that several processes gather one at a time."""
+    return [*decoder.unet.down_blocks, decoder.unet.mid_block, *decoder.unet.up_blocks]
+
+
 class Autoencoder(nn.Module):
     """Picture to tokens and back. The frozen models are no part of its parameters.
 
@@ -149,6 +157,42 @@ class Autoencoder(nn.Module):
     def extract_features(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patch feature"]:
         """The frozen encoder's features of RGB pictures in 0..1, all of them scaled to the encoder's size."""
         return self.frozen.extract_features(images)
+
+    def fit(self, table: FeatureTable) -> None:
+        """Measure, on some of the training views, what normalises features and latents, and what a draft is made of."""
+        views = table.training_views()
+        views = views[:: -(-len(views) // FITTED_VIEWS)]
+        features, latents = table.features(views).to(self.device), table.latents(views).to(self.device)
+        with torch.no_grad():
+            self.latents.fit(latents)
+            self.compressor.fit(features)
+            if isinstance(self.decoder, SmallDecoder) and self.decoder.draft is not None:
+                self.decoder.draft.fit(self.latents.normalize(latents))
+
+    def loss(
+        self,
+        features: Float[Tensor, "batch patch feature"],
+        latents: Float[Tensor, "batch channel row column"],
+        noise_offset: float,
+        token_noise: float,
+        generator: torch.Generator,
+    ) -> Float[Tensor, ""]:
+        """Equation 1 of pictures.
+
+        Args:
+            features: Of the frozen encoder.
+            latents: Before normalisation.
+            noise_offset: See `NoiseSchedule.loss`.
+            token_noise: Largest standard deviation of noise on the tokens.
+            generator: Of all that is random.
+        """
+        tokens = add_token_noise(self.compressor(features), token_noise, generator)
+        return self.schedule.loss(
+            lambda noisy, steps: self.decoder(noisy, steps, tokens),
+            self.latents.normalize(latents),
+            noise_offset,
+            generator,
+        )
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch token dim"]:
@@ -203,10 +247,24 @@ def draw_noise(model: Autoencoder, count: int, seed: int) -> Float[Tensor, "batc
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def save_autoencoder(model: Autoencoder, folder: Path) -> None:
-    """Write `model.safetensors` (without the frozen models) and `config.json`."""
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+def save_autoencoder(model: Autoencoder, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write `model.safetensors` (without the frozen models) and `config.json`.
+
+    Args:
+        model: Its sizes are kept.
+        folder: Where the files go.
+        state: Its state dict, where it lies in several processes; None takes the model's own.
+    """
+    state = model.state_dict() if state is None else state
+    save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(model.architecture), indent=2) + "\n")
+
+
+def read_architecture(path: Path) -> Architecture:
+    """The sizes in a config.json that `save_autoencoder` wrote."""
+    settings = json.loads(path.read_text())
+    space = FeatureSpace(**settings.pop("space"))
+    return Architecture(**{**settings, "space": space, "channels": tuple(settings["channels"])})
 
 
 def load_autoencoder(paths: Sequence[Path], weights_dir: Path | None = None, device: str = "cpu") -> Autoencoder:
@@ -219,9 +277,7 @@ def load_autoencoder(paths: Sequence[Path], weights_dir: Path | None = None, dev
     for name in ("config.json", "model.safetensors"):
         if name not in by_name:
             raise ValueError(f"autoencoder has no {name} among {sorted(by_name)}: train it again")
-    settings = json.loads(by_name["config.json"].read_text())
-    space = FeatureSpace(**settings.pop("space"))
-    architecture = Architecture(**{**settings, "space": space, "channels": tuple(settings["channels"])})
+    architecture = read_architecture(by_name["config.json"])
     model = Autoencoder(architecture, weights_dir, device, trained=True)
     state = load_file(by_name["model.safetensors"])
     missing, unexpected = model.load_state_dict(state, strict=False, assign=architecture.pretrained is not None)

@@ -1,21 +1,15 @@
-"""Diffusion as the image decoder uses it: noise schedule, loss of equation 1, sampling, a resumable training run.
+"""Diffusion as the image decoder uses it: noise schedule, loss of equation 1, sampling.
 
 Dimensions: batch; channel, row, column of a latent.
 """
 
-import json
-import math
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 Prediction = Literal["epsilon", "v_prediction"]
@@ -45,8 +39,9 @@ class NoiseSchedule:
         }
         self.timesteps = timesteps
         self.prediction = prediction
-        self.training = DDPMScheduler(**settings)
-        self.sampling = DDIMScheduler(**settings, set_alpha_to_one=True)
+        with torch.device("cpu"):  # also where a model's weights are only described
+            self.training = DDPMScheduler(**settings)
+            self.sampling = DDIMScheduler(**settings, set_alpha_to_one=True)
 
     def loss(
         self,
@@ -94,97 +89,6 @@ def _spread_timesteps(batch: int, timesteps: int, generator: torch.Generator) ->
     """One uniform timestep from each of `batch` equal parts of the schedule: less variance than independent draws."""
     parts = torch.randperm(batch, generator=generator)
     return ((parts + torch.rand(batch, generator=generator)) * timesteps / batch).long().clamp(max=timesteps - 1)
-
-
-class TrainingRun:
-    """Optimizer, moving average of the weights, randomness and history of a run that a checkpoint restores exactly.
-
-    Args:
-        parameters: What is trained, by name.
-        seed: Of all randomness of the run.
-        average_decay: Of the exponential moving average; early steps use less, so that the start is forgotten.
-        gradient_norm: Gradients are scaled down to this norm.
-    """
-
-    def __init__(
-        self, parameters: Mapping[str, nn.Parameter], seed: int, average_decay: float, gradient_norm: float
-    ) -> None:
-        self.parameters = dict(parameters)
-        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.average_decay = average_decay
-        self.gradient_norm = gradient_norm
-        self.generator = torch.Generator().manual_seed(seed)
-        self.history: list[dict[str, Any]] = []
-        self.total_steps = 0
-        self.begin_phase(0)
-
-    def begin_phase(self, phase: int) -> None:
-        """Start a phase: step 0 and a fresh optimizer."""
-        self.phase, self.step = phase, 0
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-
-    def update(self, loss: Float[Tensor, ""], learning_rate: float) -> None:
-        """Take one optimizer step, and move the averages."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        trained = [p for p in self.parameters.values() if p.grad is not None]
-        nn.utils.clip_grad_norm_(trained, self.gradient_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.step += 1
-        self.total_steps += 1
-        decay = min(self.average_decay, self.total_steps / (self.total_steps + 9))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
-
-    @torch.no_grad()
-    def use_averages(self) -> None:
-        """Put the averaged weights in the place of the trained ones: training is over."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.averages[name])
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint; an older one at the same path is replaced in one move."""
-        tensors = {"generator": self.generator.get_state()}
-        for name, parameter in self.parameters.items():
-            tensors[f"weight.{name}"] = parameter.detach()
-            tensors[f"average.{name}"] = self.averages[name]
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}.{name}"] = value
-        counts = {"phase": self.phase, "step": self.step, "total_steps": self.total_steps}
-        metadata = {"run": json.dumps({**counts, "history": self.history})}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-
-    @torch.no_grad()
-    def restore(self, path: Path) -> None:
-        """Take up where the checkpoint was written. Tensors keep the memory layout they have here."""
-        with safe_open(path, framework="pt") as file:
-            run = json.loads(file.metadata()["run"])
-            self.begin_phase(run["phase"])
-            self.step, self.total_steps, self.history = run["step"], run["total_steps"], run["history"]
-            self.generator.set_state(file.get_tensor("generator"))
-            stored = set(file.keys())
-            for name, parameter in self.parameters.items():
-                parameter.copy_(file.get_tensor(f"weight.{name}"))
-                self.averages[name].copy_(file.get_tensor(f"average.{name}"))
-                if f"step.{name}" in stored:
-                    self.optimizer.state[parameter] = {
-                        "step": file.get_tensor(f"step.{name}"),
-                        "exp_avg": torch.empty_like(parameter).copy_(file.get_tensor(f"exp_avg.{name}")),
-                        "exp_avg_sq": torch.empty_like(parameter).copy_(file.get_tensor(f"exp_avg_sq.{name}")),
-                    }
-
-
-def schedule_learning_rate(
-    peak: float, step: int, steps: int, schedule: Literal["cosine", "constant"], warmup_steps: int
-) -> float:
-    """The learning rate of one step: a linear warm-up, then half a cosine down to zero or the peak throughout."""
-    warmup = min(1.0, (step + 1) / max(1, warmup_steps))
-    fall = 0.5 * (1 + math.cos(math.pi * step / steps)) if schedule == "cosine" else 1.0
-    return peak * warmup * fall
 
 
 def add_token_noise(

@@ -71,9 +71,9 @@ class FeatureSpace:
     def open_latents(
         self, flattening: float, weights_dir: Path | None, device: str
     ) -> BlockCosineTransform | VariationalLatents:
-        """The latents; `flattening` as in `BlockCosineTransform`."""
+        """The latents; `flattening` as in `BlockCosineTransform`, which is left where it was built."""
         if self.vae is None:
-            return BlockCosineTransform(self.block_px, self.luma, self.chroma, flattening).to(device)
+            return BlockCosineTransform(self.block_px, self.luma, self.chroma, flattening)
         return VariationalLatents(weights.locate(self.vae, weights_dir), device)
 
 
@@ -96,7 +96,8 @@ class FrozenModels:
 
     @cached_property
     def _latents(self) -> BlockCosineTransform | VariationalLatents:
-        return self.space.open_latents(0.0, self._weights_dir, self._device)
+        latents = self.space.open_latents(0.0, self._weights_dir, self._device)
+        return latents if isinstance(latents, VariationalLatents) else latents.to(self._device)
 
     @torch.no_grad()
     def extract_features(

@@ -8,30 +8,35 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from models.processes import process_count, process_index
+
 READ_AHEAD = 4
 """Batches that each reading process keeps ready."""
 
 
 class StepBatches:
-    """The samples of each step: every sample once before any comes again.
+    """The samples of this process's micro-batches of each step: every sample once before any comes again.
 
     Args:
         samples: What to draw from.
-        batch: Samples a step.
+        batch: Samples a step, over all processes.
         steps: Steps to give the samples of; a resumed run begins later.
         seed: Of the order.
+        micro_batches: Equal parts of a step, over all processes.
     """
 
-    def __init__(self, samples: Sequence[int], batch: int, steps: range, seed: int) -> None:
+    def __init__(self, samples: Sequence[int], batch: int, steps: range, seed: int, micro_batches: int = 1) -> None:
         self._samples, self._batch, self._steps, self._seed = samples, batch, steps, seed
+        self._parts, self._own = micro_batches, range(process_index(), micro_batches, process_count())
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._steps) * len(self._own)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self._steps:
-            places = draw_batch(len(self._samples), self._batch, step, self._seed)
-            yield [self._samples[place] for place in places.tolist()]
+            places = draw_batch(len(self._samples), self._batch, step, self._seed).chunk(self._parts)
+            for part in self._own:
+                yield [self._samples[place] for place in places[part].tolist()]
 
 
 def load_batches(dataset: Dataset, batches: StepBatches, workers: int) -> Iterator[tuple[Tensor, ...]]:
@@ -43,9 +48,11 @@ def load_batches(dataset: Dataset, batches: StepBatches, workers: int) -> Iterat
         workers: Processes that read ahead; 0 reads in this one, between the steps.
     """
     ahead = {"prefetch_factor": READ_AHEAD, "multiprocessing_context": "forkserver"} if workers else {}
-    yield from DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available(), **ahead
+    pinned = torch.cuda.is_available()
+    loader = DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=pinned, generator=torch.Generator(), **ahead
     )
+    yield from loader
 
 
 def draw_batch(count: int, batch: int, step: int, seed: int) -> Int[Tensor, " batch"]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, sample_pictures
+from models.diffusion import add_token_noise
 
 SAVED = ("autoencoder.decoder.", "align_text.", "align_faces.")
 
@@ -68,6 +69,37 @@ class Renderer(nn.Module):
             tokens, extra = tokens * keep[:, :count, None], extra * keep[:, count:, None]
         return self.autoencoder.decoder(noisy, timesteps, tokens, extra)
 
+    def loss(
+        self,
+        latents: Float[Tensor, "batch channel row column"],
+        tokens: Float[Tensor, "batch token dim"],
+        sentences: Float[Tensor, "batch sentence text"],
+        faces: Float[Tensor, "batch face feature"],
+        mask_probability: float,
+        noise_offset: float,
+        token_noise: float,
+        generator: torch.Generator,
+    ) -> Float[Tensor, ""]:
+        """Equation 1 of pictures, each entry of the context masked by chance.
+
+        Args:
+            latents: Before normalisation.
+            tokens, sentences, faces: The context, padded.
+            mask_probability: Of each entry.
+            noise_offset: See `NoiseSchedule.loss`.
+            token_noise: Largest standard deviation of noise on the tokens.
+            generator: Of all that is random.
+        """
+        tokens = add_token_noise(tokens, token_noise, generator)
+        entries = tokens.shape[1] + sentences.shape[1] + faces.shape[1]
+        keep = (torch.rand((len(latents), entries), generator=generator) >= mask_probability).to(latents.device)
+        return self.autoencoder.schedule.loss(
+            lambda noisy, steps: self(noisy, steps, tokens, sentences, faces, keep),
+            self.autoencoder.latents.normalize(latents),
+            noise_offset,
+            generator,
+        )
+
     @torch.no_grad()
     def decode(
         self,
@@ -94,10 +126,17 @@ class Renderer(nn.Module):
         return pad(rows, self.sizes["max_faces"], self.sizes["face_dim"])
 
 
-def save_renderer(model: Renderer, folder: Path) -> None:
-    """Write `model.safetensors` (what the autoencoder does not already hold) and `config.json`."""
-    state = {name: t.contiguous() for name, t in model.state_dict().items() if name.startswith(SAVED)}
-    save_file(state, folder / "model.safetensors")
+def save_renderer(model: Renderer, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+    """Write `model.safetensors` (what the autoencoder does not already hold) and `config.json`.
+
+    Args:
+        model: Its sizes are kept.
+        folder: Where the files go.
+        state: Its state dict, where it lies in several processes; None takes the model's own.
+    """
+    state = model.state_dict() if state is None else state
+    kept = {name: tensor.cpu().contiguous() for name, tensor in state.items() if name.startswith(SAVED)}
+    save_file(kept, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.sizes, indent=2) + "\n")
 
 
@@ -112,7 +151,7 @@ def load_renderer(paths: Sequence[Path], autoencoder: Autoencoder) -> Renderer:
         if name not in by_name:
             raise ValueError(f"renderer has no {name} among {sorted(by_name)}: train it again")
     model = Renderer(autoencoder, **json.loads(by_name["config.json"].read_text()))
-    state = load_file(by_name["model.safetensors"])
+    state = load_file(by_name["model.safetensors"], autoencoder.device)
     expected = {name: t.shape for name, t in model.state_dict().items() if name.startswith(SAVED)}
     wrong = [
         name for name in expected.keys() | state.keys() if name not in state or expected.get(name) != state[name].shape
@@ -120,7 +159,7 @@ def load_renderer(paths: Sequence[Path], autoencoder: Autoencoder) -> Renderer:
     if wrong:
         raise ValueError(f"renderer does not fit its autoencoder at {sorted(wrong)[:3]}: train the renderer again")
     model.load_state_dict(state, strict=False)
-    return model.eval()
+    return model.eval().to(autoencoder.device)
 
 
 def pad(rows: Sequence[np.ndarray], count: int, width: int) -> Tensor:

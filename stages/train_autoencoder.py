@@ -6,6 +6,7 @@ are reconstructed, and it is measured how often a reconstruction lies nearest to
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,16 +14,25 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models import weights
 from stages.errors import MissingInputError, UsageError
-from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
+from stages.spec import Inputs, Progress, StageSpec, neutral
+from stages.trainer import (
+    TrainerConfig,
+    describe_progress,
+    generator_of,
+    open_training_log,
+    train_in_processes,
+    train_step,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from models.autoencoder import Autoencoder
-    from models.diffusion import TrainingRun
     from models.feature_table import FeatureSpace, FeatureTable
+    from models.training import TrainingRun
 
-FITTED_VIEWS = 2000
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -49,7 +59,7 @@ class PhaseConfig(BaseModel):
         return self
 
 
-class TrainAutoencoderConfig(StageConfig):
+class TrainAutoencoderConfig(TrainerConfig):
     """Settings of the autoencoder and of its training; defaults follow appendix A where it gives a number."""
 
     image_phase: PhaseConfig = Field(
@@ -86,15 +96,10 @@ class TrainAutoencoderConfig(StageConfig):
     draft_width: int = Field(1024, description="hidden width of that guess", gt=0)
     timesteps: int = Field(1000, description="steps of the noise schedule", gt=1)
     prediction: Literal["epsilon", "v_prediction"] = Field("epsilon", description="what the decoder predicts")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the networks' arithmetic; weights and optimizer are float32 either way"
-    )
     measured_keyframes: int = Field(1000, description="keyframes reconstructed and measured, evenly chosen", gt=0)
     sampling_steps: int = Field(50, description="DDIM steps of the reconstructions that are measured", gt=0)
     sample_keyframes: int = Field(24, description="reconstructions kept to look at", ge=0)
     seed: int = Field(0, description="of weights, order, noise and crops", ge=0)
-    gradient_checkpointing: bool = neutral(False, "compute activations twice instead of keeping them")
-    loader_workers: int = neutral(0, "processes that read batches ahead; 0 reads between the steps", ge=0)
     checkpoint_every_steps: int = neutral(500, "steps between checkpoints", gt=0)
 
     def is_heavy(self) -> bool:
@@ -113,6 +118,12 @@ class TrainAutoencoderConfig(StageConfig):
     def _check_film_phase(self) -> "TrainAutoencoderConfig":
         if self.film_phase.data != "keyframes":
             raise ValueError(f"film_phase has data '{self.film_phase.data}': it trains on 'keyframes'")
+        return self
+
+    @model_validator(mode="after")
+    def _check_batches(self) -> "TrainAutoencoderConfig":
+        for name, phase in (("image_phase", self.image_phase), ("film_phase", self.film_phase)):
+            self.check_parts(f"{name}.batch_size", phase.batch_size)
         return self
 
     @model_validator(mode="after")
@@ -155,82 +166,117 @@ class TrainAutoencoder:
             MissingInputError: The shards hold no keyframe of the training split.
             UsageError: The folder of pictures is absent or holds none.
         """
-        import torch
-
-        from models.autoencoder import Architecture, Autoencoder, save_autoencoder
         from models.feature_table import FeatureTable
-        from models.pretrained import choose_device
 
-        folders = sorted({path.parent for path in inputs["features"]})
-        films = FeatureTable(folders, "keyframes")
+        films = FeatureTable(_folders(inputs), "keyframes")
         if not films.training_views():
             raise MissingInputError(
                 f"the shards hold {len(films.keys)} keyframes, none for training: ingest films first"
             )
+        for phase in (self.config.image_phase, self.config.film_phase):
+            if phase.steps:  # what is missing is told before anything starts
+                self._open_table(phase, _folders(inputs), films, scratch)
+        body = partial(self._run, inputs, out, scratch)
+        return train_in_processes(self.config, SPEC.cpus, body, scratch, progress)
+
+    def _run(self, inputs: Inputs, out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
+        """Training, in each process that takes part; the first one then writes everything."""
+        import torch
+
+        from models.autoencoder import save_autoencoder, sharded_parts
+        from models.feature_table import FeatureTable
+        from models.pretrained import choose_device
+        from models.processes import gather_weights, place_model, process_index
+
+        films = FeatureTable(_folders(inputs), "keyframes")
+        progress(0, self.config.image_phase.steps + self.config.film_phase.steps, "measuring features and latents")
         with torch.random.fork_rng():
             torch.manual_seed(self.config.seed)
-            architecture = Architecture.from_settings(self.config, films.space)
-            model = Autoencoder(architecture, self.weights_dir, choose_device(None))
-        progress(0, self.config.image_phase.steps + self.config.film_phase.steps, "measuring features and latents")
-        _fit(model, films)
-        history = self._train(model, folders, films, scratch, progress)
-        save_autoencoder(model.eval(), out)
+            model = place_model(
+                partial(self._build, films),
+                lambda model: sharded_parts(model.decoder),
+                ("loss",),
+                choose_device(None),
+                self.config.precision,
+            )
+        if self.config.gradient_checkpointing:
+            model.decoder.unet.enable_gradient_checkpointing()
+        history = self._train(model, _folders(inputs), films, scratch, progress)
+        trained = gather_weights(model)
+        if process_index() > 0:
+            return {}
+        save_autoencoder(model, out, trained)
+        del model, trained
         (out / "history.json").write_text(json.dumps(history) + "\n")
-        metrics = self._measure(model, films, inputs["shards"], out)
+        metrics = self._measure(films, inputs["shards"], out)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         return metrics
+
+    def _build(self, films: "FeatureTable", with_weights: bool) -> "Autoencoder":
+        from models.autoencoder import Architecture, Autoencoder
+        from models.pretrained import choose_device
+
+        architecture = Architecture.from_settings(self.config, films.space)
+        device = choose_device(None)
+        model = Autoencoder(architecture, self.weights_dir, device, trained=not with_weights)
+        if with_weights:
+            model.to(device).fit(films)
+        return model
 
     def _train(
         self, model: "Autoencoder", folders: list[Path], films: "FeatureTable", scratch: Path, progress: Progress
     ) -> list[dict[str, Any]]:
         """Both phases; `films` are whole keyframes."""
-        from models.diffusion import TrainingRun
         from models.loader import StepBatches, load_batches
+        from models.training import TrainingRun
 
-        config, checkpoint = self.config, scratch / "checkpoint.safetensors"
-        if config.gradient_checkpointing:
-            model.decoder.unet.enable_gradient_checkpointing()
-        run = TrainingRun(dict(model.named_parameters()), config.seed, config.average_decay, config.gradient_norm)
-        if checkpoint.is_file():
-            run.restore(checkpoint)
+        config, checkpoints = self.config, scratch / "checkpoints"
+        run = TrainingRun(
+            dict(model.named_parameters()), seed=config.seed, average_decay=config.average_decay,
+            largest_norm=config.gradient_norm, betas=(0.9, 0.99), model=model,
+        )  # fmt: skip
+        run.restore(checkpoints)
         total = config.image_phase.steps + config.film_phase.steps
-        for number, (name, phase) in enumerate((("images", config.image_phase), ("films", config.film_phase))):
-            if number < run.phase or phase.steps == 0:
-                continue
-            if number > run.phase:
-                run.begin_phase(number)
-            progress(run.total_steps, total, f"{name}: opening features")
-            table = self._open_table(phase, folders, films, scratch)
-            steps = range(run.step, phase.steps)
-            batches = StepBatches(table.training_views(), phase.batch_size, steps, config.seed + run.phase)
-            for features, latents in load_batches(table, batches, config.loader_workers):
-                loss = self._train_step(model, run, phase, features, latents)
-                run.history.append({"phase": name, "step": run.step, "loss": loss})
-                progress(run.total_steps, total, f"{name}: loss {loss:.4f}")
-                if run.total_steps % config.checkpoint_every_steps == 0 or run.total_steps == total:
-                    run.save(checkpoint)
+        with open_training_log(config, scratch, run.total_steps) as write:
+            for number, (name, phase) in enumerate((("images", config.image_phase), ("films", config.film_phase))):
+                if number < run.phase or phase.steps == 0:
+                    continue
+                if number > run.phase:
+                    run.begin_phase(number)
+                progress(run.total_steps, total, f"{name}: opening features")
+                table, steps = self._open_table(phase, folders, films, scratch), range(run.step, phase.steps)
+                drawn = (table.training_views(), phase.batch_size, steps, config.seed + run.phase, config.micro_batches)
+                batches = load_batches(table, StepBatches(*drawn), config.loader_workers)
+                while run.step < phase.steps:
+                    loss, numbers = self._train_step(model, run, phase, batches)
+                    run.history.append({"phase": name, "step": run.step, "loss": loss})
+                    write(run.total_steps, numbers | {"loss": loss})
+                    latest = [point["loss"] for point in run.history[-20:]]
+                    progress(run.total_steps, total, f"{name}: {describe_progress(latest, numbers)}")
+                    if run.total_steps % config.checkpoint_every_steps == 0 or run.total_steps == total:
+                        run.save(checkpoints)
         run.use_averages()
         return run.history
 
     def _train_step(
-        self, model: "Autoencoder", run: "TrainingRun", phase: PhaseConfig, features: "Tensor", latents: "Tensor"
-    ) -> float:
-        import torch
+        self, model: "Autoencoder", run: "TrainingRun", phase: PhaseConfig, batches: "Iterator[Any]"
+    ) -> tuple[float, dict[str, float]]:
+        from models.processes import autocast
+        from models.training import schedule_learning_rate
 
-        from models.diffusion import add_token_noise, schedule_learning_rate
-
-        config = self.config
+        config, device = self.config, model.device
         model.decoder.requires_grad_(run.step >= phase.compressor_steps)
-        features = features.to(model.device).float()
-        latents = model.latents.normalize(latents.to(model.device).float())
-        with torch.autocast(model.device, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            tokens = add_token_noise(model.compressor(features), config.token_noise, run.generator)
-            loss = model.schedule.loss(
-                lambda noisy, steps: model.decoder(noisy, steps, tokens), latents, config.noise_offset, run.generator
-            )
+
+        def losses_of(batch: "tuple[Tensor, Tensor]", place: int) -> "Tensor":
+            features, latents = (part.to(device).float() for part in batch)
+            generator = generator_of(config.seed, run.phase, run.step, place)
+            with autocast(device, config.precision):
+                loss = model.loss(features, latents, config.noise_offset, config.token_noise, generator)
+            return loss[None]
+
         rate = schedule_learning_rate(phase.learning_rate, run.step, phase.steps, phase.schedule, phase.warmup_steps)
-        run.update(loss, rate)
-        return loss.item()
+        (loss,), numbers = train_step(run, config, batches, losses_of, (rate,))
+        return loss, numbers
 
     def _open_table(
         self, phase: PhaseConfig, folders: list[Path], films: "FeatureTable", scratch: Path
@@ -270,13 +316,17 @@ class TrainAutoencoder:
         write_space(space, keys, folder)
         return folder
 
-    def _measure(self, model: "Autoencoder", films: "FeatureTable", shards: list[Path], out: Path) -> dict[str, Any]:
+    def _measure(self, films: "FeatureTable", shards: list[Path], out: Path) -> dict[str, Any]:
         """Reconstruct keyframes, write samples.parquet, and tell how near they lie to the originals."""
         import torch
 
+        from models.autoencoder import load_autoencoder
         from models.feature_table import VIEWS
+        from models.pretrained import choose_device
         from models.reconstructions import choose_evenly, measure_reconstructions, read_chosen, write_samples
 
+        written = [out / "model.safetensors", out / "config.json"]
+        model = load_autoencoder(written, self.weights_dir, choose_device(None))
         rows = choose_evenly(len(films.keys), self.config.measured_keyframes)
         keys = [(films.keys[row]["film_id"], films.keys[row]["frame_index"]) for row in rows]
         keyframes = read_chosen(shards, keys, films.space.height_px, films.space.width_px)
@@ -289,18 +339,9 @@ class TrainAutoencoder:
         return measure_reconstructions(model, [film for film, _ in keys], trained, keyframes, made)
 
 
-def _fit(model: "Autoencoder", films: "FeatureTable") -> None:
-    """Measure what normalises features and latents, and what a first guess is made of, on some of the views."""
-    import torch
-
-    views = films.training_views()
-    views = views[:: -(-len(views) // FITTED_VIEWS)]
-    features, latents = films.features(views).to(model.device), films.latents(views).to(model.device)
-    with torch.no_grad():
-        model.latents.fit(latents)
-        model.compressor.fit(features)
-        if (draft := getattr(model.decoder, "draft", None)) is not None:
-            draft.fit(model.latents.normalize(latents))
+def _folders(inputs: Inputs) -> list[Path]:
+    """One folder of features for each shard."""
+    return sorted({path.parent for path in inputs["features"]})
 
 
 def _find_pictures(folder: Path) -> list[Path]:

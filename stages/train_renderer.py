@@ -6,23 +6,34 @@ probability 0.2, so that the decoder learns to use all of them.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.errors import MissingInputError
-from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
+from stages.spec import Inputs, Progress, StageSpec, neutral
+from stages.trainer import (
+    TrainerConfig,
+    describe_progress,
+    generator_of,
+    open_training_log,
+    train_in_processes,
+    train_step,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
-    from models.diffusion import TrainingRun
     from models.renderer import Renderer
     from models.renderer_data import RendererViews
+    from models.training import TrainingRun
 
 
-class TrainRendererConfig(StageConfig):
+class TrainRendererConfig(TrainerConfig):
     """Settings of the ID-preserving decoder; the paper gives no optimizer settings for it."""
 
     max_sentences: int = Field(15, description="sentences a picture takes, in the script's order", ge=1)
@@ -39,16 +50,16 @@ class TrainRendererConfig(StageConfig):
     )
     average_decay: float = Field(0.9999, description="of the moving average of the weights", ge=0, lt=1)
     gradient_norm: float = Field(1.0, description="gradients are scaled down to this norm", gt=0)
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the networks' arithmetic; weights and optimizer are float32 either way"
-    )
     measured_keyframes: int = Field(1000, description="keyframes reconstructed and measured, evenly chosen", gt=0)
     sampling_steps: int = Field(50, description="DDIM steps of the reconstructions that are measured", gt=0)
     sample_keyframes: int = Field(24, description="reconstructions kept to look at", ge=0)
     seed: int = Field(0, description="of new weights, order, noise and masks", ge=0)
-    gradient_checkpointing: bool = neutral(False, "compute activations twice instead of keeping them")
-    loader_workers: int = neutral(0, "processes that read batches ahead; 0 reads between the steps", ge=0)
     checkpoint_every_steps: int = neutral(500, "steps between checkpoints", gt=0)
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> "TrainRendererConfig":
+        self.check_parts("batch_size", self.batch_size)
+        return self
 
 
 SPEC = StageSpec(
@@ -77,95 +88,131 @@ class TrainRenderer:
         Raises:
             MissingInputError: A keyframe has tokens and no features, or none is of the training split.
         """
-        import torch
+        self._open_views(inputs)
+        body = partial(self._run, inputs, out, scratch)
+        return train_in_processes(self.config, SPEC.cpus, body, scratch, progress)
 
-        from models.autoencoder import load_autoencoder
-        from models.pretrained import choose_device
-        from models.renderer import Renderer, save_renderer
+    def _open_views(self, inputs: Inputs) -> "RendererViews":
         from models.renderer_data import RendererDataError, RendererViews
 
-        torch.manual_seed(self.config.seed)
-        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir, choose_device(None))
         features = sorted({path.parent for path in inputs["features"]})
         try:
-            views = RendererViews(inputs["tokens"][0], features, self.config.max_sentences, self.config.max_faces)
+            return RendererViews(inputs["tokens"][0], features, self.config.max_sentences, self.config.max_faces)
         except RendererDataError as error:
             raise MissingInputError(str(error)) from None
-        model = Renderer(autoencoder, **views.sizes).to(autoencoder.device)
-        history = self._train(model, views, scratch / "checkpoint.safetensors", progress)
-        save_renderer(model.eval(), out)
+
+    def _run(self, inputs: Inputs, out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
+        """Training, in each process that takes part; the first one then writes everything."""
+        import torch
+
+        from models.autoencoder import sharded_parts
+        from models.pretrained import choose_device
+        from models.processes import gather_weights, place_model, process_index
+        from models.renderer import save_renderer
+
+        views = self._open_views(inputs)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.config.seed)
+            model = place_model(
+                partial(self._build, inputs["autoencoder"], views.sizes),
+                lambda model: sharded_parts(model.autoencoder.decoder),
+                ("loss",),
+                choose_device(None),
+                self.config.precision,
+            )
+        if self.config.gradient_checkpointing:
+            model.autoencoder.decoder.unet.enable_gradient_checkpointing()
+        history = self._train(model, views, scratch, progress)
+        trained = gather_weights(model)
+        if process_index() > 0:
+            return {}
+        save_renderer(model, out, trained)
+        del model, trained
         (out / "history.json").write_text(json.dumps(history) + "\n")
-        metrics = self._measure(model, views, inputs["shards"], out)
+        metrics = self._measure(inputs, views, out)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         return metrics
 
+    def _build(self, autoencoder: list[Path], sizes: dict[str, int], with_weights: bool) -> "Renderer":
+        from models.autoencoder import Autoencoder, load_autoencoder, read_architecture
+        from models.pretrained import choose_device
+        from models.renderer import Renderer
+
+        if with_weights:
+            return Renderer(load_autoencoder(autoencoder, self.weights_dir, choose_device(None)), **sizes)
+        architecture = read_architecture(next(path for path in autoencoder if path.name == "config.json"))
+        return Renderer(Autoencoder(architecture, self.weights_dir, choose_device(None), trained=True), **sizes)
+
     def _train(
-        self, model: "Renderer", views: "RendererViews", checkpoint: Path, progress: Progress
+        self, model: "Renderer", views: "RendererViews", scratch: Path, progress: Progress
     ) -> list[dict[str, Any]]:
-        from models.diffusion import TrainingRun
         from models.loader import StepBatches, load_batches
         from models.renderer import SAVED
+        from models.training import TrainingRun
 
-        config = self.config
-        if config.gradient_checkpointing:
-            model.autoencoder.decoder.unet.enable_gradient_checkpointing()
+        config, checkpoints = self.config, scratch / "checkpoints"
         trained = {name: p for name, p in model.named_parameters() if name.startswith(SAVED)}
-        run = TrainingRun(trained, config.seed, config.average_decay, config.gradient_norm)
-        if checkpoint.is_file():
-            run.restore(checkpoint)
-        batches = StepBatches(views.training_views(), config.batch_size, range(run.step, config.steps), config.seed)
-        for latents, *conditions in load_batches(views, batches, config.loader_workers):
-            loss = self._train_step(model, run, latents, conditions)
-            run.history.append({"phase": "renderer", "step": run.step, "loss": loss})
-            progress(run.step, config.steps, f"loss {loss:.4f}")
-            if run.step % config.checkpoint_every_steps == 0 or run.step == config.steps:
-                run.save(checkpoint)
+        run = TrainingRun(
+            trained, seed=config.seed, average_decay=config.average_decay, largest_norm=config.gradient_norm,
+            betas=(0.9, 0.99), model=model,
+        )  # fmt: skip
+        run.restore(checkpoints)
+        steps = range(run.step, config.steps)
+        drawn = StepBatches(views.training_views(), config.batch_size, steps, config.seed, config.micro_batches)
+        batches = load_batches(views, drawn, config.loader_workers)
+        with open_training_log(config, scratch, run.step) as write:
+            while run.step < config.steps:
+                loss, numbers = self._train_step(model, run, batches)
+                run.history.append({"phase": "renderer", "step": run.step, "loss": loss})
+                write(run.step, numbers | {"loss": loss})
+                latest = [point["loss"] for point in run.history[-20:]]
+                progress(run.step, config.steps, describe_progress(latest, numbers))
+                if run.step % config.checkpoint_every_steps == 0 or run.step == config.steps:
+                    run.save(checkpoints)
         run.use_averages()
         return run.history
 
     def _train_step(
-        self, model: "Renderer", run: "TrainingRun", latents: "Tensor", conditions: list["Tensor"]
-    ) -> float:
-        import torch
+        self, model: "Renderer", run: "TrainingRun", batches: "Iterator[Any]"
+    ) -> tuple[float, dict[str, float]]:
+        from models.processes import autocast
+        from models.training import schedule_learning_rate
 
-        from models.diffusion import add_token_noise, schedule_learning_rate
+        config, device = self.config, model.autoencoder.device
 
-        config, autoencoder = self.config, model.autoencoder
-        device = autoencoder.device
-        latents = autoencoder.latents.normalize(latents.to(device).float())
-        tokens, sentences, faces = (condition.to(device) for condition in conditions)
-        tokens = add_token_noise(tokens, config.token_noise, run.generator)
-        entries = tokens.shape[1] + sentences.shape[1] + faces.shape[1]
-        keep = torch.rand((len(latents), entries), generator=run.generator) >= config.mask_probability
-        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
-            loss = autoencoder.schedule.loss(
-                lambda noisy, steps: model(noisy, steps, tokens, sentences, faces, keep.to(device)),
-                latents,
-                config.noise_offset,
-                run.generator,
-            )
+        def losses_of(batch: "list[Tensor]", place: int) -> "Tensor":
+            noises = (config.mask_probability, config.noise_offset, config.token_noise)
+            generator = generator_of(config.seed, run.step, place)
+            with autocast(device, config.precision):
+                return model.loss(*(part.to(device) for part in batch), *noises, generator)[None]
+
         rate = schedule_learning_rate(
             config.learning_rate, run.step, config.steps, config.schedule, config.warmup_steps
         )
-        run.update(loss, rate)
-        return loss.item()
+        (loss,), numbers = train_step(run, config, batches, losses_of, (rate,))
+        return loss, numbers
 
-    def _measure(self, model: "Renderer", views: "RendererViews", shards: list[Path], out: Path) -> dict[str, Any]:
+    def _measure(self, inputs: Inputs, views: "RendererViews", out: Path) -> dict[str, Any]:
         """Render keyframes, write samples.parquet, and tell how near they lie to the originals."""
         import torch
 
+        from models.autoencoder import load_autoencoder
         from models.feature_table import VIEWS
+        from models.pretrained import choose_device
         from models.reconstructions import choose_evenly, measure_reconstructions, read_chosen, write_samples
+        from models.renderer import load_renderer
 
-        table, device = views.tokens, model.autoencoder.device
+        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir, choose_device(None))
+        model = load_renderer([out / "model.safetensors", out / "config.json"], autoencoder)
+        table, device = views.tokens, autoencoder.device
         rows = choose_evenly(len(table), self.config.measured_keyframes)
         keys = [table.key(row) for row in rows]
         conditions = zip(*(views[VIEWS * row][1:] for row in rows), strict=True)
         stacked = [torch.stack(values).to(device) for values in conditions]
         made = model.decode(*stacked, self.config.sampling_steps, self.config.seed).cpu()
-        size = model.autoencoder.architecture
-        keyframes = read_chosen(shards, keys, size.height_px, size.width_px)
+        size = autoencoder.architecture
+        keyframes = read_chosen(inputs["shards"], keys, size.height_px, size.width_px)
         training = set(table.split_rows("train"))
         trained = [row in training for row in rows]
         write_samples(out / "samples.parquet", keys, keyframes, made, self.config.sample_keyframes)
-        return measure_reconstructions(model.autoencoder, [film for film, _ in keys], trained, keyframes, made)
+        return measure_reconstructions(autoencoder, [film for film, _ in keys], trained, keyframes, made)

@@ -17,7 +17,7 @@ from tests.servers import heed_interrupts
 
 PROFILE = Path(__file__).with_name("tiny.yaml")
 FILM_KINDS = ("keyframes", "people", "faces", "identities", "captions", "scripts")
-MODEL_KINDS = ("autoencoder", "tokens", "renderer", "autoregressive")
+MODEL_KINDS = ("features", "autoencoder", "tokens", "renderer", "autoregressive")
 STORY_KINDS = ("story", "dream", "pictures", "movie", "evaluation")
 
 

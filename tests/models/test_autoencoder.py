@@ -14,7 +14,7 @@ from models.autoencoder import (
     load_autoencoder,
     save_autoencoder,
 )
-from models.diffusion import NoiseSchedule, TrainingRun, add_token_noise, schedule_learning_rate
+from models.diffusion import NoiseSchedule, add_token_noise
 from models.feature_table import FeatureSpace
 from models.loader import draw_batch
 from models.reconstructions import measure_reconstructions
@@ -311,37 +311,3 @@ def test_each_sample_comes_once_before_any_comes_again():
     drawn = torch.cat([draw_batch(7, 3, step, seed=1) for step in range(7)])
     for epoch in drawn.split(7):
         assert sorted(epoch.tolist()) == list(range(7))
-
-
-def test_learning_rates():
-    rates = [schedule_learning_rate(1.0, step, 10, "cosine", 2) for step in range(10)]
-    assert rates[0] == 0.5
-    assert rates[1:] == sorted(rates[1:], reverse=True)
-    assert schedule_learning_rate(1.0, 9, 10, "constant", 2) == 1.0
-
-
-def _drift(run: TrainingRun, steps: int) -> None:
-    for _ in range(steps):
-        weight = run.parameters["weight"]
-        target = torch.randn(weight.shape, generator=run.generator)
-        run.update((weight - target).square().mean(), 0.1)
-        run.history.append({"step": run.step})
-
-
-def _new_run() -> TrainingRun:
-    weight = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return TrainingRun({"weight": torch.nn.Parameter(weight)}, seed=0, average_decay=0.9, gradient_norm=1.0)
-
-
-def test_a_restored_run_goes_on_exactly(tmp_path):
-    whole, first, second = _new_run(), _new_run(), _new_run()
-    _drift(whole, 6)
-    _drift(first, 3)
-    first.save(tmp_path / "checkpoint")
-    second.restore(tmp_path / "checkpoint")
-    _drift(second, 3)
-    assert torch.equal(second.parameters["weight"], whole.parameters["weight"])
-    assert torch.equal(second.averages["weight"], whole.averages["weight"])
-    assert second.history == whole.history
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -190,6 +190,30 @@ def test_sdxl_is_trained_further_from_its_folder(tmp_path):
         assert picture.size == (32, 16)
 
 
+def test_two_processes_equal_one_with_two_micro_batches(tmp_path):
+    """SDXL's decoder lies in two processes, a part of each weight in each; it is frozen in the first step."""
+    from safetensors.torch import load_file
+
+    sdxl = save_sdxl(tmp_path / "sdxl")
+    inputs = write_inputs(tmp_path, vae=str(sdxl))
+    paper = {"pretrained": str(sdxl), "prediction": "epsilon", "micro_batches": 2}
+    phases = {"image_phase": {**TINY["image_phase"], "steps": 0}, "film_phase": {**TINY["film_phase"], "steps": 2}}
+    one = _run(tmp_path / "one", inputs, TrainAutoencoderConfig(**{**TINY, **phases, **paper}))
+    two = _run(tmp_path / "two", inputs, TrainAutoencoderConfig(**{**TINY, **phases, **paper, "processes": 2}))
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second[name], atol=2e-3, rtol=1e-3, msg=name)
+    losses = [[point["loss"] for point in json.loads((f / "history.json").read_text())] for f in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_batches_that_cannot_be_shared_are_refused():
+    with pytest.raises(ValidationError, match="film_phase.batch_size 6 cannot be cut into 4"):
+        TrainAutoencoderConfig(**{**TINY, "film_phase": {**TINY["film_phase"], "batch_size": 6}, "micro_batches": 4})
+
+
 def test_defaults_are_the_papers():
     config = TrainAutoencoderConfig()
     first, second = config.image_phase, config.film_phase
