@@ -78,6 +78,34 @@ def save_deepseek_vl(folder: Path) -> Path:
     return folder
 
 
+def save_deepseek_vl_hybrid(folder: Path) -> Path:
+    """DeepSeek-VL as its 7B is built: beside SigLIP, SAM's encoder looks at a larger picture."""
+    tokenizer = make_tokenizer()
+    config = transformers.DeepseekVLHybridConfig(
+        text_config={
+            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+        },
+        vision_config={
+            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 28, "patch_size": 14,
+        },
+        high_res_vision_config={
+            "model_type": "sam_vision_model", "hidden_size": 32, "output_channels": 8, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 64, "patch_size": 16, "window_size": 2,
+            "global_attn_indexes": [0, 1], "mlp_dim": 64,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<picture>"),
+    )  # fmt: skip
+    pictures = transformers.DeepseekVLHybridImageProcessorPil(
+        size={"height": 28, "width": 28}, high_res_size={"height": 64, "width": 64}, min_size=4
+    )
+    _save(folder, transformers.DeepseekVLHybridForConditionalGeneration, config, tokenizer, pictures)
+    (folder / "processor_config.json").write_text(json.dumps({"num_image_tokens": 4}))
+    return folder
+
+
 def save_llama(folder: Path) -> Path:
     """A language model that sees nothing."""
     tokenizer = make_tokenizer()

@@ -11,7 +11,7 @@ from PIL import Image
 from models.chat import ChatError, ChatRequest
 from models.chat_captioner import encode_jpeg
 from models.vision_language import LocalChatModel
-from tests.tiny_checkpoints import save_deepseek_vl, save_llama, save_qwen3_vl
+from tests.tiny_checkpoints import save_deepseek_vl, save_deepseek_vl_hybrid, save_llama, save_qwen3_vl
 
 LEVELS = range(4)
 
@@ -21,10 +21,10 @@ def picture(level: int, width: int = 60) -> bytes:
     return encode_jpeg(np.kron(rng.integers(0, 256, (4, width // 10, 3)), np.ones((10, 10, 1))).astype(np.uint8))
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "deepseek_vl"])
+@pytest.fixture(scope="module", params=["qwen3_vl", "deepseek_vl", "deepseek_vl_hybrid"])
 def folder(request, tmp_path_factory):
-    save = {"qwen3_vl": save_qwen3_vl, "deepseek_vl": save_deepseek_vl}[request.param]
-    return save(tmp_path_factory.mktemp("a model"))
+    save = {"qwen3_vl": save_qwen3_vl, "deepseek_vl": save_deepseek_vl, "deepseek_vl_hybrid": save_deepseek_vl_hybrid}
+    return save[request.param](tmp_path_factory.mktemp("a model"))
 
 
 def ask(folder, requests, batch=1):
