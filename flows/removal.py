@@ -8,7 +8,7 @@ from flows.model_registry import KINDS
 from flows.pipeline import Pipeline
 from flows.snapshots import CONTENT_PREFIX
 from flows.workspace import Workspace
-from stages import shards
+from stages import features, shards
 from stages.errors import UsageError
 from storage.catalog import current_ref
 from storage.garbage import listed_keys, refuse_active_runs
@@ -81,7 +81,8 @@ def remove_film(pipeline: Pipeline, film_id: str) -> Removal:
     pack_shards(pipeline)
     for name in removal.shards:
         if pipeline.get(shards.SPEC.output, name) is None and name not in pipeline.failed:
-            catalog.delete_ref(current_ref(shards.SPEC.output, name))  # its last film is gone
+            for spec in (shards.SPEC, features.SPEC):  # its last film is gone
+                catalog.delete_ref(current_ref(spec.output, name))
     if not catalog.films():
         catalog.delete_ref(NEWEST_SNAPSHOT)
     keys = {f.key for i in removal.artifacts if (a := catalog.artifact(i)) for f in a.files}

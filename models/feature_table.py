@@ -191,8 +191,8 @@ def read_space(path: Path) -> FeatureSpace:
 class FeatureTable(Dataset):
     """Rows of several folders of features, one after the other; maps, not copies.
 
-    An index counts views: row `index // 2`, and its mirror image where the index is odd. `keys` are the keyframes; a
-    keyframe may have several crops.
+    An index counts views: row `index // 2`, and its mirror image where the index is odd. A keyframe may have several
+    crops.
 
     Args:
         folders: As `FeatureWriter` and `write_space` left them.
@@ -209,18 +209,24 @@ class FeatureTable(Dataset):
         if other := next((folder for folder, space in zip(folders, spaces, strict=True) if space != spaces[0]), None):
             raise FeatureTableError(f"{other.name} was made by other models or sizes: run the features stage again")
         self.space = spaces[0]
-        self.keys = [row for folder in folders for row in pq.read_table(folder / "keys.parquet").to_pylist()]
-        self._paths, lengths, self._key_of_row = [], [], list[int]()
-        keys = 0
+        self._paths, lengths, splits = [], [], []
         for folder in folders:
-            pair, count = (folder / f"{name}-features.npy", folder / f"{name}-latents.npy"), _count_keys(folder)
+            pair = (folder / f"{name}-features.npy", folder / f"{name}-latents.npy")
             if pair[0].exists():
                 self._paths.append(pair)
                 lengths.append(np.load(pair[1], mmap_mode="r").shape[0])
-                self._key_of_row += [keys + row * count // lengths[-1] for row in range(lengths[-1])]
-            keys += count
-        self._ends = np.cumsum(lengths) if lengths else np.zeros(0, np.int64)
+                kept = pq.read_table(folder / "keys.parquet", columns=["split"])["split"].to_numpy()
+                splits.append(np.repeat(kept, lengths[-1] // len(kept)))
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self._trains = np.concatenate([np.zeros(0, bool), *(kept != "test" for kept in splits)]).astype(bool)
+        self._folders = list(folders)
         self._maps: dict[Path, np.ndarray] = {}
+
+    def read_keys(self) -> list[tuple[str, int, str]]:
+        """Film, frame index and split of each keyframe, in the order of the rows of `keyframes`."""
+        tables = [pq.read_table(folder / "keys.parquet", schema=KEYS_SCHEMA) for folder in self._folders]
+        columns = [[value for table in tables for value in table[name].to_pylist()] for name in KEYS_SCHEMA.names]
+        return list(zip(*columns, strict=True))
 
     def __len__(self) -> int:
         return VIEWS * int(self._ends[-1]) if len(self._ends) else 0
@@ -232,8 +238,8 @@ class FeatureTable(Dataset):
 
     def training_views(self) -> list[int]:
         """Indices of all views but those of the films that are kept out as a whole, pictures before mirror images."""
-        rows = [row for row, key in enumerate(self._key_of_row) if self.keys[key]["split"] != "test"]
-        return [VIEWS * row + view for view in range(VIEWS) for row in rows]
+        rows = np.flatnonzero(self._trains)
+        return np.concatenate([VIEWS * rows + view for view in range(VIEWS)]).tolist()
 
     def features(self, indices: Iterable[int]) -> Float[Tensor, "row patch feature"]:
         """Features of some views, float32."""
@@ -254,7 +260,3 @@ class FeatureTable(Dataset):
             self._maps[path] = np.load(path, mmap_mode="r")
         first = int(self._ends[part - 1]) if part else 0
         return torch.from_numpy(np.array(self._maps[path][row - first, view]))
-
-
-def _count_keys(folder: Path) -> int:
-    return pq.ParquetFile(folder / "keys.parquet").metadata.num_rows

@@ -49,7 +49,7 @@ def load_diffusers(what: str, folder: Path, family: Any) -> Any:
     variant = "fp16" if halves and not wholes else None
     try:
         return family.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, variant=variant
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, variant=variant
         )
     except (OSError, ValueError) as error:
         raise WeightsError(f"no {what} at {folder}: {str(error).strip().splitlines()[0]}") from error

@@ -42,7 +42,7 @@ class RendererViews(Dataset):
         self._path = tokens
         self.tokens = table = TokenTable(tokens)
         self._features = FeatureTable(features, "keyframes")
-        places = {(key["film_id"], key["frame_index"]): row for row, key in enumerate(self._features.keys)}
+        places = {(film, frame): row for row, (film, frame, _) in enumerate(self._features.read_keys())}
         keys = [table.key(row) for row in range(len(table))]
         if missing := [key for key in keys if key not in places]:
             film, frame = missing[0]

@@ -76,7 +76,7 @@ class Tokenize:
 
         autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir, self._device)
         table = FeatureTable(sorted({path.parent for path in inputs["features"]}), "keyframes")
-        places = {(key["film_id"], key["frame_index"]): row for row, key in enumerate(table.keys)}
+        places = {(film, frame): row for row, (film, frame, _) in enumerate(table.read_keys())}
         rows: list[dict[str, Any]] = []
         same = table.space == autoencoder.architecture.space
         for batch in self._batches(inputs["shards"]):

@@ -171,7 +171,7 @@ class TrainAutoencoder:
         films = FeatureTable(_folders(inputs), "keyframes")
         if not films.training_views():
             raise MissingInputError(
-                f"the shards hold {len(films.keys)} keyframes, none for training: ingest films first"
+                f"the shards hold {len(films) // 2} keyframes, none for training: ingest films first"
             )
         for phase in (self.config.image_phase, self.config.film_phase):
             if phase.steps:  # what is missing is told before anything starts
@@ -327,14 +327,15 @@ class TrainAutoencoder:
 
         written = [out / "model.safetensors", out / "config.json"]
         model = load_autoencoder(written, self.weights_dir, choose_device(None))
-        rows = choose_evenly(len(films.keys), self.config.measured_keyframes)
-        keys = [(films.keys[row]["film_id"], films.keys[row]["frame_index"]) for row in rows]
+        known = films.read_keys()
+        rows = choose_evenly(len(known), self.config.measured_keyframes)
+        keys = [known[row][:2] for row in rows]
         keyframes = read_chosen(shards, keys, films.space.height_px, films.space.width_px)
         with torch.no_grad():
             features = films.features(VIEWS * row for row in rows)
             tokens = torch.cat([model.compressor(part.to(model.device)) for part in features.split(16)])
         made = model.decode(tokens, self.config.sampling_steps, self.config.seed).cpu()
-        trained = [films.keys[row]["split"] != "test" for row in rows]
+        trained = [known[row][2] != "test" for row in rows]
         write_samples(out / "samples.parquet", keys, keyframes, made, self.config.sample_keyframes)
         return measure_reconstructions(model, [film for film, _ in keys], trained, keyframes, made)
 

@@ -36,7 +36,7 @@ def test_rows_are_what_the_frozen_models_say(shard: Path, features: list[Path]) 
     for views, images in ((range(0, 8, 2), pictures), (range(1, 8, 2), pictures.flip(3))):
         torch.testing.assert_close(table.features(views), models.extract_features(images), atol=0.02, rtol=1e-3)
         torch.testing.assert_close(table.latents(views), models.transform(images), atol=0.01, rtol=1e-3)
-    assert [(key["film_id"], key["frame_index"]) for key in table.keys][:2] == [("film0", 0), ("film0", 30)]
+    assert table.read_keys()[:2] == [("film0", 0, "train"), ("film0", 30, "train")]
 
 
 def test_same_shard_same_bytes(shard: Path, features: list[Path], tmp_path: Path) -> None:
