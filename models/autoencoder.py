@@ -22,6 +22,7 @@ from models import weights
 from models.diffusion import NoiseSchedule, Prediction, add_token_noise
 from models.feature_table import FeatureSpace, FeatureTable, FrozenModels
 from models.latents import cover
+from models.processes import Precision, autocast
 from models.sdxl_decoder import SdxlDecoder, describe_unet, load_unet
 from models.small_decoder import SmallDecoder
 
@@ -219,24 +220,37 @@ def sample_pictures(
     seed: int,
     batch: int,
     report: Callable[[int], None] = lambda done: None,
+    scheduler: str = "DDIMScheduler",
+    precision: Precision = "float32",
 ) -> Float[Tensor, "batch 3 height width"]:
-    """RGB pictures in 0..1 by DDIM.
+    """RGB pictures in 0..1.
 
     Args:
         model: Gives the schedule and the latents.
         denoiser: Called as `denoiser(noisy, timesteps, *conditions)`.
         conditions: Tensors with one entry a picture.
-        steps: DDIM steps.
-        seed: Of the starting noise.
+        steps: Denoising steps.
+        seed: Of all noise. That of a picture depends on the seed and its place only, whatever the batch.
         batch: Pictures at once.
         report: Called with the count of finished pictures after each batch.
+        scheduler: A class of diffusers.
+        precision: Of the denoiser; steps between its answers are taken in float32 either way.
+
+    Raises:
+        SamplerError: The scheduler cannot sample from the model.
     """
     noise = draw_noise(model, len(conditions[0]), seed).to(conditions[0])
     pictures: list[Tensor] = []
     for start, *parts in zip(noise.split(batch), *(c.split(batch) for c in conditions), strict=True):
-        latents = model.schedule.sample(lambda z, t, parts=parts: denoiser(z, t, *parts), start, steps)
-        pictures.append(model.latents.decode(latents))
-        report(sum(map(len, pictures)))
+
+        def denoise(noisy: Tensor, timesteps: Tensor, parts: list[Tensor] = parts) -> Tensor:
+            with autocast(noisy.device.type, precision):
+                return denoiser(noisy, timesteps, *parts)
+
+        done = sum(map(len, pictures))
+        seeds = [(seed * 1_000_003 + done + place + 1) % 2**63 for place in range(len(start))]
+        pictures.append(model.latents.decode(model.schedule.sample(denoise, start, steps, scheduler, seeds)))
+        report(done + len(start))
     return torch.cat(pictures)
 
 

@@ -3,14 +3,16 @@
 Dimensions: batch; channel, row, column of a latent.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+from models.samplers import Sampler
 
 Prediction = Literal["epsilon", "v_prediction"]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -18,7 +20,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 class NoiseSchedule:
-    """A DDPM schedule for training and its DDIM form for sampling.
+    """A DDPM schedule for training, which schedulers of other kinds follow in sampling.
 
     With `v_prediction` the last timestep is pure noise (zero terminal signal-to-noise ratio), so that dark and
     bright frames come out as such; with `epsilon` that timestep would have nothing to learn from.
@@ -41,7 +43,6 @@ class NoiseSchedule:
         self.prediction = prediction
         with torch.device("cpu"):  # also where a model's weights are only described
             self.training = DDPMScheduler(**settings)
-            self.sampling = DDIMScheduler(**settings, set_alpha_to_one=True)
 
     def loss(
         self,
@@ -71,17 +72,33 @@ class NoiseSchedule:
 
     @torch.no_grad()
     def sample(
-        self, denoiser: Denoiser, noise: Float[Tensor, "batch channel row column"], steps: int
+        self,
+        denoiser: Denoiser,
+        noise: Float[Tensor, "batch channel row column"],
+        steps: int,
+        scheduler: str = "DDIMScheduler",
+        seeds: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch channel row column"]:
-        """Turn noise into latents in `steps` deterministic DDIM steps.
+        """Turn noise into latents of the same precision.
 
-        Source: https://arxiv.org/abs/2010.02502
+        Args:
+            denoiser: The model, its condition already bound; it is asked at the nearest timestep where a scheduler
+                wants one between two.
+            noise: Of unit variance.
+            steps: Denoising steps.
+            scheduler: A class of diffusers; by default deterministic DDIM (https://arxiv.org/abs/2010.02502).
+            seeds: Of the noise that some schedulers add between steps, one for each of the batch; None counts from 0.
+
+        Raises:
+            SamplerError: The scheduler cannot sample from the model.
         """
-        self.sampling.set_timesteps(steps)
-        latents = noise
-        for step in self.sampling.timesteps:
-            output = denoiser(latents, step.to(latents.device).expand(len(latents)))
-            latents = self.sampling.step(output, step, latents).prev_sample
+        sampler = Sampler(self.training, scheduler, steps)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds or range(len(noise))]
+        latents = sampler.start(noise)
+        for step in sampler.timesteps:
+            timesteps = step.round().long().to(latents.device).expand(len(latents))
+            output = denoiser(sampler.scale(latents, step), timesteps)
+            latents = sampler.step(output, step, latents, generators)
         return latents
 
 

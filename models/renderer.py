@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, sample_pictures
 from models.diffusion import add_token_noise
+from models.processes import Precision
 
 SAVED = ("autoencoder.decoder.", "align_text.", "align_faces.")
 
@@ -110,12 +111,14 @@ class Renderer(nn.Module):
         seed: int,
         batch: int = 16,
         report: Callable[[int], None] = lambda done: None,
+        scheduler: str = "DDIMScheduler",
+        precision: Precision = "float32",
     ) -> Float[Tensor, "batch 3 height width"]:
-        """RGB pictures in 0..1, by `steps` DDIM steps; the same seed gives the same pictures.
-
-        `report` is called with the count of finished pictures after each batch.
-        """
-        return sample_pictures(self.autoencoder, self, (tokens, sentences, faces), steps, seed, batch, report)
+        """RGB pictures in 0..1; the same seed gives the same pictures. Further arguments as of `sample_pictures`."""
+        conditions = (tokens, sentences, faces)
+        return sample_pictures(
+            self.autoencoder, self, conditions, steps, seed, batch, report, scheduler=scheduler, precision=precision
+        )
 
     def pad_sentences(self, rows: Sequence[Float[np.ndarray, "_ text"]]) -> Float[Tensor, "batch sentence text"]:
         """The first sentences of each picture, zero-padded to the number that the model takes."""

@@ -3,6 +3,7 @@
 The same frames and settings give the same bytes.
 """
 
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +83,23 @@ class VideoWriter:
                 self._container.mux(self._stream.encode(None))
         finally:
             self._container.close()
+
+
+def write_film(
+    frames: Iterable[UInt8[np.ndarray, "height width 3"]],
+    path: Path,
+    *,
+    width_px: int,
+    height_px: int,
+    fps: Fraction,
+    crf: int,
+) -> None:
+    """Write a film under a temporary name and rename it when it is complete; arguments and errors of `VideoWriter`."""
+    temporary = path.with_suffix(".part")
+    with VideoWriter(temporary, width_px=width_px, height_px=height_px, fps=fps, crf=crf) as writer:
+        for frame in frames:
+            writer.write(frame)
+    temporary.replace(path)
 
 
 def join_films(paths: list[Path], out: Path) -> None:

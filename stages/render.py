@@ -1,21 +1,32 @@
 """Tokens, sentences and faces of a dreamed story -> pictures (paper, section 3.4), by the ID-preserving decoder."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.errors import MissingInputError
+from stages.errors import MissingInputError, UsageError
 from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.renderer import Renderer
 
 
 class RenderConfig(StageConfig):
     """Settings of rendering."""
 
-    sampling_steps: int = Field(50, description="DDIM steps a picture", gt=0)
+    sampling_steps: int = Field(50, description="denoising steps a picture", gt=0)
+    scheduler: str = Field(
+        "DDIMScheduler",
+        description="class of diffusers that takes the steps, such as DPMSolverMultistepScheduler or "
+        "EulerAncestralDiscreteScheduler; one that does not fit the model is refused with those that do",
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the denoiser")
     seed: int = Field(0, description="of the starting noise", ge=0)
     jpeg_quality: int = Field(95, description="of the pictures", ge=1, le=100)
     batch_pictures: int = neutral(16, "pictures made at once", gt=0)
@@ -57,16 +68,17 @@ class Render:
 
         Raises:
             MissingInputError: The dream has no frame, or its numbers do not fit the renderer.
+            UsageError: The scheduler cannot sample from the renderer.
         """
-        import torch
-
         from models.autoencoder import load_autoencoder
         from models.latents import write_jpeg
+        from models.pretrained import choose_device
         from models.renderer import load_renderer
 
         frames = _read_frames(inputs["dream"])
-        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir)
-        renderer = load_renderer(inputs["renderer"], autoencoder)
+        device = choose_device(None)
+        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir, device)
+        renderer = load_renderer(inputs["renderer"], autoencoder).to(device)
         architecture, sizes = autoencoder.architecture, renderer.sizes
         tokens = _shape(frames, "tokens", architecture.token_dim)
         sentences = _shape(frames, "sentence_embeddings", sizes["text_dim"])
@@ -75,15 +87,7 @@ class Render:
             if sizes["max_faces"]
             else [np.zeros((0, sizes["face_dim"]), np.float32)] * len(frames)
         )
-        pictures = renderer.decode(
-            torch.from_numpy(np.stack(tokens)),
-            renderer.pad_sentences(sentences),
-            renderer.pad_faces(faces),
-            self.config.sampling_steps,
-            self.config.seed,
-            self.config.batch_pictures,
-            lambda done: progress(done, len(frames), "pictures"),
-        )
+        pictures = self._decode(renderer, tokens, sentences, faces, device, progress)
         size = {"width_px": architecture.width_px, "height_px": architecture.height_px}
         rows = [
             {name: frame[name] for name in ("frame_index", "shot_index", "script")}
@@ -93,6 +97,35 @@ class Render:
         ]
         pq.write_table(pa.Table.from_pylist(rows, schema=PICTURES_SCHEMA), out / "pictures.parquet")
         return {"pictures": len(rows), **size}
+
+    def _decode(
+        self,
+        renderer: "Renderer",
+        tokens: list[np.ndarray],
+        sentences: list[np.ndarray],
+        faces: list[np.ndarray],
+        device: str,
+        progress: Progress,
+    ) -> "Tensor":
+        import torch
+
+        from models.samplers import SamplerError
+
+        conditions = (
+            torch.from_numpy(np.stack(tokens)), renderer.pad_sentences(sentences), renderer.pad_faces(faces)
+        )  # fmt: skip
+        try:
+            return renderer.decode(
+                *(condition.to(device) for condition in conditions),
+                self.config.sampling_steps,
+                self.config.seed,
+                self.config.batch_pictures,
+                lambda done: progress(done, len(tokens), "pictures"),
+                scheduler=self.config.scheduler,
+                precision=self.config.precision,
+            )
+        except SamplerError as error:
+            raise UsageError(f"render.scheduler: {error}") from error
 
 
 def _read_frames(paths: list[Path]) -> list[dict[str, Any]]:

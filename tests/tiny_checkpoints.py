@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import onnx
 import torch
@@ -364,3 +365,47 @@ def save_farl(path: Path) -> OpenAIVision:
     state |= {"token_embedding.weight": torch.zeros(4, 4), "logit_scale": torch.tensor(1.0)}
     torch.save({"state_dict": state}, path)
     return tower
+
+
+def save_svd(folder: Path, variant: str | None = "fp16") -> Path:
+    """Stable Video Diffusion; with `variant`, the files of weights bear its name, as those that upstream halves do."""
+    torch.manual_seed(0)
+    parts = {
+        "unet": diffusers.UNetSpatioTemporalConditionModel(
+            block_out_channels=(32, 64), num_attention_heads=(2, 4), layers_per_block=1, cross_attention_dim=16,
+            down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=24, sample_size=8, num_frames=25,
+        ),
+        "vae": diffusers.AutoencoderKLTemporalDecoder(
+            block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
+            sample_size=64,
+        ),
+        "image_encoder": transformers.CLIPVisionModelWithProjection(
+            transformers.CLIPVisionConfig(
+                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224,
+                patch_size=56, projection_dim=16,
+            )
+        ),
+    }  # fmt: skip
+    for name, part in parts.items():
+        part.eval()
+        (part.half() if variant else part).save_pretrained(folder / name, variant=variant)
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        steps_offset=1, timestep_spacing="leading", timestep_type="continuous", use_karras_sigmas=True,
+        sigma_min=0.002, sigma_max=700.0,
+    )  # fmt: skip
+    scheduler.save_pretrained(folder / "scheduler")
+    transformers.CLIPImageProcessorPil().save_pretrained(folder / "feature_extractor")
+    index = {
+        "_class_name": "StableVideoDiffusionPipeline",
+        "_diffusers_version": "0.24.0.dev0",
+        "feature_extractor": ["transformers", "CLIPImageProcessor"],
+        "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
+        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "unet": ["diffusers", "UNetSpatioTemporalConditionModel"],
+        "vae": ["diffusers", "AutoencoderKLTemporalDecoder"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return folder

@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.autoencoder import load_autoencoder
 from models.renderer import Renderer, save_renderer
-from stages.errors import MissingInputError
+from stages.errors import MissingInputError, UsageError
 from stages.render import PICTURES_SCHEMA, SPEC, Render, RenderConfig
 from tests.stages.test_train_renderer import write_autoencoder
 
@@ -23,7 +23,9 @@ def models(tmp_path_factory) -> dict[str, list[Path]]:
     autoencoder = write_autoencoder(folder / "autoencoder")
     (folder / "renderer").mkdir()
     torch.manual_seed(0)
-    save_renderer(Renderer(load_autoencoder(autoencoder), 6, 4, 15, 5), folder / "renderer")
+    renderer = Renderer(load_autoencoder(autoencoder), 6, 4, 15, 5)
+    torch.nn.init.normal_(renderer.autoencoder.decoder.unet.conv_out.weight, std=0.05)  # untrained, it is silent
+    save_renderer(renderer, folder / "renderer")
     return {"autoencoder": autoencoder, "renderer": sorted((folder / "renderer").iterdir())}
 
 
@@ -71,6 +73,39 @@ def test_pictures_follow_the_seed(models, tmp_path):
     first, again = (_render(models, tmp_path, dream) for _ in range(2))
     assert first == again
     assert first != _render(models, tmp_path, dream, CONFIG.model_copy(update={"seed": 1}))
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_pictures_do_not_depend_on_the_batch_they_are_in(models, tmp_path, scheduler):
+    dream, config = _write_dream(tmp_path / "dream.parquet"), CONFIG.model_copy(update={"scheduler": scheduler})
+    apart = config.model_copy(update={"batch_pictures": 1})
+    for one, other in zip(*(_pixels(_render(models, tmp_path, dream, c)) for c in (config, apart)), strict=True):
+        assert np.abs(one - other).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "update", [{"scheduler": "DPMSolverMultistepScheduler", "sampling_steps": 4}, {"precision": "bfloat16"}]
+)
+def test_schedulers_and_precision_change_pictures(models, tmp_path, update):
+    dream, other = _write_dream(tmp_path / "dream.parquet"), CONFIG.model_copy(update=update)
+    assert _render(models, tmp_path, dream, other) != _render(models, tmp_path, dream)
+    assert other.recipe() != CONFIG.recipe()
+
+
+def test_bfloat16_changes_pictures_little(models, tmp_path):
+    dream, halved = _write_dream(tmp_path / "dream.parquet"), CONFIG.model_copy(update={"precision": "bfloat16"})
+    for one, other in zip(*(_pixels(_render(models, tmp_path, dream, c)) for c in (CONFIG, halved)), strict=True):
+        assert np.abs(one - other).mean() < 4
+
+
+def test_a_scheduler_that_does_not_fit_is_refused(models, tmp_path):
+    config = CONFIG.model_copy(update={"scheduler": "NoScheduler"})
+    with pytest.raises(UsageError, match=r"render.scheduler: scheduler 'NoScheduler' is no .* expected one of DDIM"):
+        _render(models, tmp_path, _write_dream(tmp_path / "dream.parquet"), config)
+
+
+def _pixels(rows: list[dict]) -> list[np.ndarray]:
+    return [np.asarray(Image.open(io.BytesIO(row["jpeg"])), int) for row in rows]
 
 
 def test_a_dream_without_frames_is_refused(models, tmp_path):
