@@ -34,16 +34,24 @@ class _Given(nn.Module):
 def frechet_inception_distance(real: Float[ndarray, "sample dim"], generated: Float[ndarray, "other dim"]) -> float:
     """Frechet distance of two sets of features, in float64.
 
+    The distance does not change when both sets are turned together. Where there are fewer samples than features, they
+    are turned into the few dimensions in which they differ: torchmetrics takes the eigenvalues of a matrix as wide as
+    the features, which for 2048 of them takes seconds.
+
     Raises:
         ValueError: The widths differ, or a set has fewer than two rows.
     """
     if real.shape[1] != generated.shape[1] or min(len(real), len(generated)) < 2:
         raise ValueError(f"features are {real.shape} and {generated.shape}: both need 2 rows or more of one width")
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    center = np.mean(real, axis=0, dtype=np.float64)
+    spanned = None
+    if len(real) + len(generated) < len(center):
+        spanned = np.linalg.qr((np.concatenate([real, generated]) - center).T).Q
+    metric = FrechetInceptionDistance(feature=_Given(len(center) if spanned is None else spanned.shape[1]))
     for features, is_real in ((real, True), (generated, False)):
         for start in range(0, len(features), CHUNK):
-            chunk = np.asarray(features[start : start + CHUNK], np.float64)
-            metric.update(torch.from_numpy(chunk), real=is_real)
+            chunk = features[start : start + CHUNK] - center
+            metric.update(torch.from_numpy(chunk if spanned is None else chunk @ spanned), real=is_real)
     return max(0.0, metric.compute().item())
 
 
