@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PAPER, HERE = "the paper", "moviedreamer"
-OWN_MEASUREMENT = "The paper's rows are its authors' own measurements, on films and with code that are not published."
+OWN_MEASUREMENT = "The paper's rows are its authors' own measurements, on their own test films."
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from flows.pipeline import Pipeline
 from flows.report import render_page
 from flows.report_data import gather
 from stages.errors import MissingInputError, UsageError
-from tests.flows.ingested import computing_pipeline, profile_with
+from storage.artifacts import Recipe
+from tests.flows.ingested import commit, computing_pipeline, ingest, profile_with
 from tests.flows.test_cli import call
 
 FRAMES = [
@@ -75,6 +76,24 @@ def test_the_same_pictures_again_compute_nothing_and_others_do(workspace, story,
     (pictures / "11.png").write_bytes(stream.getvalue())
     walk(plan, Request("score_pictures", story=story, pictures=pictures, name="seine"))
     assert [todo.subject for todo in plan.todo] == ["seine.heist"]
+
+
+def test_the_characters_faces_come_from_the_dream_of_the_very_story(workspace, story, pictures):
+    def plan() -> dict:
+        pipeline, taken = Pipeline(workspace, PROFILE), []
+        pipeline.step = lambda spec, works, states=(): taken.extend(works)
+        walk(pipeline, Request("score_pictures", story=story, pictures=pictures, name="seine"))
+        return taken[0].inputs
+
+    assert set(plan()) == {"pictures"}
+    told = workspace.catalog.current("story", "heist")
+    for digest, roles in (("another story's", {"pictures"}), (told.digest, {"pictures", "dream"})):
+        commit(workspace, "dream", "heist", Recipe("dream", 1, {}, {}, {"story": [digest]}), [])
+        assert set(plan()) == roles
+    ingest(workspace, "film.mp4")
+    workspace.catalog.save_snapshot("s", [a.id for a in workspace.catalog.artifacts() if a.kind == "shards"])
+    workspace.catalog.set_ref("snapshot/newest", "s")
+    assert set(plan()) == {"pictures", "dream", "shards"}
 
 
 def test_every_system_has_a_row_in_the_papers_tables_of_the_report(workspace, story, pictures):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.inception import Inception, InceptionV3, scale_picture
+from models.inception import Inception, InceptionV3, load_inception, scale_picture
 from models.weights import WeightsError, folder, pull
 from tests.tiny_checkpoints import save_inception
 
@@ -47,6 +47,15 @@ def test_features_and_logits_equal_those_of_the_published_code(upstream, tmp_pat
         np.testing.assert_allclose(features.mean(axis=1), FEATURE_MEANS, atol=1e-4)
         np.testing.assert_allclose(logits[:, :4], LOGITS, atol=1e-4)
         np.testing.assert_allclose(logits.std(axis=1, ddof=1), LOGIT_DEVIATIONS, atol=1e-4)
+
+
+def test_a_file_of_a_torch_that_kept_no_counts_is_read(upstream, tmp_path):
+    state = torch.load(upstream, weights_only=True)
+    for name in [name for name in state if name.endswith("num_batches_tracked")]:
+        del state[name]
+    assert state._metadata, "what torch notes beside the tensors says that they are there"
+    torch.save(state, tmp_path / "old.pth")
+    assert torch.equal(load_inception(tmp_path / "old.pth").fc.bias, state["fc.bias"])
 
 
 def test_pictures_of_several_sizes_are_looked_at_together(upstream):

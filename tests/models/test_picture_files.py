@@ -60,7 +60,9 @@ def test_what_cannot_be_used_is_named(tmp_path):
         read_pictures(tmp_path / "nowhere", 1)
     with pytest.raises(PictureError, match=r"holds no picture: expected files that end in .jpg, .jpeg, .png, .webp"):
         read_pictures(tmp_path, 1)
-    whole = write_picture(tmp_path / "a.jpg", 1)
+    noise = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
     with pytest.raises(PictureError, match=r"holds 1 pictures, and the story has 2 frames"):
         read_pictures(tmp_path, 2)
     for broken in (b"no picture", whole[: len(whole) // 2]):
