@@ -32,6 +32,8 @@ from flows.terminal import (
 
 model_option = click.option("--model", metavar="NAME", help="A model of `models list`; without it, the champion.")
 
+tables_option = click.option("--tables", is_flag=True, help="Lay everything scored out as tables 1 and 2 of the paper.")
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="moviedreamer")
@@ -96,14 +98,54 @@ def generate(story: Path, out: Path, references: tuple[Path, ...], model: str | 
 
 @cli.command()
 @model_option
+@tables_option
 @common
-def evaluate(model: str | None, **common: Any) -> None:
+def evaluate(model: str | None, tables: bool, **common: Any) -> None:
     """Score the newest generation and the models behind it."""
-    from flows.commands import evaluation_rows
-
     opened = _perform("evaluate", quiet=True, model=model, **common)
-    rows = evaluation_rows(opened)
-    print_table(rows, common["as_json"], ("name", "value", "unit", "better"))
+    _print_scores(opened, None, tables, common["as_json"])
+
+
+@cli.command("score-pictures")
+@click.argument("pictures", type=click.Path(path_type=Path), metavar="PICTURES")
+@click.option("--name", required=True, help="What the system that made them is called, such as seine.")
+@click.option(
+    "--story", type=click.Path(path_type=Path), help="The story they tell; without it, the newest generation's."
+)
+@tables_option
+@common
+def score_pictures(pictures: Path, name: str, story: Path | None, tables: bool, **common: Any) -> None:
+    """Score another system's pictures of a story as those generated here are scored.
+
+    PICTURES is a folder with one picture a frame of the story (.jpg, .png, .webp, in the order of their names), or one
+    video, which is cut into as many equal parts as the story has frames; each part gives its middle frame.
+    """
+    opened = _perform("score_pictures", quiet=True, pictures=pictures, name=name, story=story, **common)
+    _print_scores(opened, name, tables, common["as_json"])
+
+
+def _print_scores(opened: Any, system: str | None, tables: bool, as_json: bool) -> None:
+    from flows.commands import all_evaluations, evaluation_rows
+    from flows.report_tables import lay_out_tables
+
+    if not tables:
+        print_table(evaluation_rows(opened, system), as_json, ("name", "value", "unit", "better"))
+        return
+    laid_out = lay_out_tables(all_evaluations(opened))
+    if as_json:
+        click.echo(json.dumps(laid_out))
+        return
+    for table in laid_out:
+        click.echo(f"\nTable {table['table']}: {table['title']}")
+        headings = {column["name"]: column["heading"] for column in table["columns"]}
+        rows = [
+            {"method": row["method"], "measured by": row["measured_by"]}
+            | {headings[name]: value for name, value in row["values"].items()}
+            for row in table["rows"]
+        ]
+        print_table(rows, False, ("method", "measured by", *headings.values()))
+        for note in table["notes"]:
+            click.echo(note)
 
 
 @cli.command()
@@ -245,6 +287,8 @@ def _stages_of(command: str) -> list[str]:
     from flows.profile import Profile
     from stages.spec import StageConfig
 
+    if command == "score_pictures":
+        return ["evaluate"]
     names = [name for name, field in Profile.model_fields.items() if isinstance(field.default, StageConfig)]
     looks = command in ("run", "ingest")
     return [n for n in names if command == "run" or (n in FILM_STAGE_NAMES or n == "shards") == looks]

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.generate import NEWEST_STORY, make_movie, register_references, register_story, retell_films
+from flows.generate import (
+    NEWEST_STORY,
+    OF,
+    make_movie,
+    register_pictures,
+    register_references,
+    register_story,
+    retell_films,
+    score_pictures,
+)
 from flows.ingest import NEWEST_SNAPSHOT, ingest_films, pack_shards
 from flows.model_registry import adopt_model, champion, choose_champion, get_model, register_model
 from flows.pipeline import Pipeline
@@ -18,19 +27,24 @@ from flows.workspace import Workspace
 from stages.errors import FilmError, MissingInputError
 from storage.artifacts import Artifact
 
+HERE = "this workspace"
+"""Who made the pictures of a story that was generated here."""
+
 
 @dataclass(frozen=True)
 class Request:
     """What a command was asked for.
 
     Attributes:
-        command: `run`, `ingest`, `train`, `retrain`, `generate` or `evaluate`.
+        command: `run`, `ingest`, `train`, `retrain`, `generate`, `evaluate` or `score_pictures`.
         films: Files, folders, URLs or catalogues, for `run` and `ingest`.
-        story: A story file, for `generate` and, if given, `run`.
+        story: A story file, for `generate` and, if given, `run` and `score_pictures`.
         out: Where the movie goes.
         references: Pictures whose style and people a generation follows (few-shot).
         snapshot: What to train on, by name; the newest where None.
         model: What to generate with, by name; the champion where None, and where there is none the newest snapshot's.
+        pictures: Another system's pictures of the story, for `score_pictures`: a folder or a video.
+        name: What that system is called.
     """
 
     command: str
@@ -40,6 +54,8 @@ class Request:
     references: tuple[Path, ...] = ()
     snapshot: str | None = None
     model: str | None = None
+    pictures: Path | None = None
+    name: str | None = None
 
 
 @dataclass
@@ -91,6 +107,13 @@ def walk(pipeline: Pipeline, request: Request) -> Walked:
             snapshot = _adopt_models(pipeline, request.model)
             story = register_story(pipeline, request.story) if request.story else _adopt_story(pipeline)
             _walk_story(walked, request, story, snapshot)
+        case "score_pictures":
+            newest = pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT)
+            if newest is not None:
+                adopt_snapshot(pipeline, newest)
+            story = register_story(pipeline, request.story) if request.story else _adopt_story(pipeline)
+            subject = register_pictures(pipeline, story, request.pictures or Path(), request.name or "")
+            score_pictures(pipeline, story, subject)
         case "run":
             film_ids, packed = _walk_films(pipeline, request.films)
             if packed is not None:
@@ -166,10 +189,29 @@ def _deliver(pipeline: Pipeline, movie: Artifact | None, out: Path | None) -> Pa
     return out
 
 
-def evaluation_rows(workspace: Workspace) -> list[dict[str, Any]]:
-    """The numbers of the newest evaluation."""
-    story = workspace.catalog.get_ref(NEWEST_STORY)
-    artifact = workspace.catalog.current("evaluation", story) if story else None
-    if artifact is None:
-        return []
+def evaluation_rows(workspace: Workspace, system: str | None = None) -> list[dict[str, Any]]:
+    """The numbers of the newest story's evaluation, or the newest of another system's pictures."""
+    catalog = workspace.catalog
+    if system is None:
+        story = catalog.get_ref(NEWEST_STORY)
+        found = [catalog.current("evaluation", story)] if story else []
+    else:
+        subjects = [s for s in catalog.current_digests("evaluation") if s.rpartition(OF)[0] == system]
+        found = sorted((catalog.current("evaluation", s) for s in subjects), key=lambda a: a.created_at if a else "")
+    return read_evaluation(workspace, found[-1]) if found and found[-1] else []
+
+
+def all_evaluations(workspace: Workspace) -> dict[str, list[dict[str, Any]]]:
+    """Who made which story's pictures, and the numbers of them."""
+    found = {}
+    for subject in sorted(workspace.catalog.current_digests("evaluation")):
+        artifact = workspace.catalog.current("evaluation", subject)
+        if artifact is not None:
+            system, _, story = subject.rpartition(OF)
+            found[f"{system or HERE} ({story})"] = read_evaluation(workspace, artifact)
+    return found
+
+
+def read_evaluation(workspace: Workspace, artifact: Artifact) -> list[dict[str, Any]]:
+    """The numbers in an evaluation."""
     return json.loads(workspace.store.path(artifact.file("evaluation.json")).read_text())

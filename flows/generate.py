@@ -1,5 +1,9 @@
-"""A story in, a movie out: dream the tokens, render the pictures, animate the movie, evaluate."""
+"""A story in, a movie out: dream the tokens, render the pictures, animate the movie, evaluate.
 
+Another system's pictures of a story are evaluated the same way.
+"""
+
+import io
 import json
 import re
 import tempfile
@@ -8,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import Pipeline
-from models.script import Story, load_story
+from models.script import FrameScript, Story, load_story, parse_story
 from stages import animate, dream, evaluate, render
-from stages.errors import StoryError
+from stages.errors import StoryError, UsageError
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, read_rows
 
 GENERATE_STAGES = (dream.SPEC, render.SPEC, animate.SPEC, evaluate.SPEC)
 NEWEST_STORY = "story/newest"
 RETOLD = "retold"
+OF = "."
+"""Between a system's name and the story's, in the subject of its pictures; no story's subject holds it."""
 
 
 def register_story(pipeline: Pipeline, path: Path) -> str:
@@ -110,6 +116,63 @@ def register_references(pipeline: Pipeline, subject: str, pictures: Sequence[Pat
     if pictures:
         named = [(f"reference-{i:03d}{p.suffix}", p) for i, p in enumerate(pictures)]
         _keep_files(pipeline, "references", subject, named)
+
+
+def register_pictures(pipeline: Pipeline, story: str, place: Path, name: str) -> str:
+    """Keep another system's pictures of a story as an artifact; returns its subject.
+
+    Args:
+        pipeline: The walk, which holds the story.
+        story: The story's subject.
+        place: A folder with one picture a frame, or a video.
+        name: What the other system is called here.
+
+    Raises:
+        UsageError: The name or the pictures cannot be used.
+    """
+    from models.picture_files import PictureError, read_pictures
+
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UsageError(f"the name {name!r} cannot be used: expected letters, digits, _ and -, such as seine")
+    kept = pipeline.get("story", story)
+    text = pipeline.workspace.store.path(kept.file("story.json")).read_text() if kept else ""
+    told = parse_story(text, story)
+    try:
+        pictures = read_pictures(place, len(told.frames))
+    except PictureError as error:
+        raise UsageError(str(error)) from error
+    subject = f"{name}{OF}{story}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pictures.parquet"
+        _write_pictures(path, told, pictures)
+        _keep_files(pipeline, "pictures", subject, [(path.name, path)])
+    return subject
+
+
+def _write_pictures(path: Path, story: Story, pictures: list[bytes]) -> None:
+    """As the render stage writes them; what another system encoded stays as it is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rows = []
+    told = zip(story.frames, story.shot_indices(), pictures, strict=True)
+    for index, (frame, shot, picture) in enumerate(told):
+        plain = FrameScript(characters=frame.characters, scene_elements=frame.scene_elements, plot=frame.plot)
+        with Image.open(io.BytesIO(picture)) as opened:
+            size = dict(zip(("width_px", "height_px"), opened.size, strict=True))
+        about = {"frame_index": index, "shot_index": shot, "script": plain.model_dump_json(), "jpeg": picture}
+        rows.append(about | size)
+    pq.write_table(pa.Table.from_pylist(rows, schema=render.PICTURES_SCHEMA), path)
+
+
+def score_pictures(pipeline: Pipeline, story: str, subject: str) -> None:
+    """Evaluate another system's pictures of a story, beside the films and the faces that the story was made with."""
+    inputs = {"pictures": [pipeline.get("pictures", subject)], "shards": pipeline.all("shards")}
+    dream, kept = pipeline.workspace.catalog.current("dream", story), pipeline.get("story", story)
+    if dream and kept and dream.recipe["inputs"].get("story") == [kept.digest]:
+        inputs["dream"] = [dream]
+    pipeline.step(evaluate.SPEC, [pipeline.work(evaluate.SPEC, subject, {k: v for k, v in inputs.items() if v})])
 
 
 def _keep_files(pipeline: Pipeline, kind: str, subject: str, named: Sequence[tuple[str, Path]]) -> None:

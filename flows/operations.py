@@ -56,6 +56,8 @@ PARAMETERS = {
     "backwards": "Newest films first",
     "film_id": "The film to remove",
     "place": "A folder, or a prefix of a bucket such as s3://bucket/films/",
+    "pictures": "Another system's pictures of the story: a folder with one a frame, or a video",
+    "name": "What that system is called",
     "settle_s": "A file that changed within so many seconds is still being copied, and waits",
 }
 """What Prefect's form in the browser says of each parameter."""
@@ -194,6 +196,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score the newest generation and the models behind it."""
     return _perform(Request("evaluate", model=model), profile, workspace, settings or [])
+
+
+@operation("score-pictures")
+def score_pictures(
+    pictures: Name,
+    name: Name,
+    story: str | None = None,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
+) -> dict[str, Any]:
+    """Score another system's pictures of a story as those generated here are scored."""
+    request = Request("score_pictures", story=Path(story) if story else None, pictures=Path(pictures), name=name)
+    return _perform(request, profile, workspace, settings or [])
 
 
 @operation("backfill")

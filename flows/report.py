@@ -145,6 +145,7 @@ class ReportData:
         movie: The MP4 file; None if none was made.
         movie_name: Where the movie lies, shown beside it.
         evaluation: The list in `evaluation.json`.
+        tables: The paper's tables 1 and 2 with what was scored here, from `flows.report_tables`.
         artifacts: Every artifact that the report rests on.
         facts: Name to value: profile, versions, times.
     """
@@ -159,6 +160,7 @@ class ReportData:
     movie: bytes | None = None
     movie_name: str = ""
     evaluation: Sequence[dict[str, Any]] = ()
+    tables: Sequence[dict[str, Any]] = ()
     artifacts: Sequence[ArtifactRow] = ()
     facts: dict[str, str] = field(default_factory=dict)
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flows.commands import all_evaluations, read_evaluation
 from flows.generate import NEWEST_STORY
 from flows.ingest import NEWEST_SNAPSHOT
 from flows.report import (
@@ -29,6 +30,7 @@ from flows.report import (
     ScriptedKeyframe,
     build_report,
 )
+from flows.report_tables import lay_out_tables
 from flows.workspace import Workspace
 from storage.artifacts import Artifact, read_rows
 
@@ -73,9 +75,8 @@ def gather(workspace: Workspace) -> ReportData:
         generated=_generated(workspace, pictures),
         movie=movie_path.read_bytes() if movie_path else None,
         movie_name=str(movie_path or ""),
-        evaluation=json.loads(workspace.store.path(evaluation.file("evaluation.json")).read_text())
-        if evaluation
-        else (),
+        evaluation=read_evaluation(workspace, evaluation) if evaluation else (),
+        tables=lay_out_tables(scored) if (scored := all_evaluations(workspace)) else (),
         artifacts=[_artifact_row(artifact) for artifact in catalog.artifacts()],
         facts=_facts(workspace),
     )

@@ -61,6 +61,11 @@ class Clip:
             found.append(self._model.get_text_features(**words).pooler_output)
         return torch.nn.functional.normalize(torch.cat(found), dim=-1).float().cpu().numpy()
 
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than CLIP reads."""
+        words = self._tokenizer(list(texts), verbose=False)["input_ids"] if texts else []
+        return sum(len(ids) > self._longest for ids in words)
+
     def _prepare(self, picture: UInt8[ndarray, "height width 3"]) -> Float32[ndarray, "side side 3"]:
         height, width = picture.shape[:2]
         scale = self._side / min(height, width)

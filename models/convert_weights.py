@@ -41,9 +41,21 @@ def convert_longclip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept | {"positional_embedding": positions}
 
 
+def convert_inception(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All that the network reads; batch normalization's counts are for training."""
+    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def convert_aesthetic(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The layers."""
+    return {name: value for name, value in state.items() if name.startswith("layers.")}
+
+
 CONVERTERS: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {
     "farl": convert_farl,
     "longclip_l": convert_longclip,
+    "inception_fid": convert_inception,
+    "aesthetic_l14": convert_aesthetic,
 }
 
 

@@ -37,6 +37,19 @@ def adjacent_cosine(features: Features) -> Float[np.ndarray, " pair"]:
     return (unit[:-1] * unit[1:]).sum(axis=-1)
 
 
+def clip_score(pictures: Features, texts: Features) -> float:
+    """CLIP score: 100 times the mean cosine of each picture with its own text, at least 0 (0..100).
+
+    Source: https://arxiv.org/abs/2104.08718 in the scale of torchmetrics' `CLIPScore`.
+
+    Raises:
+        ValueError: The counts differ, or there is no picture.
+    """
+    if len(pictures) != len(texts) or not len(pictures):
+        raise ValueError(f"{len(pictures)} pictures and {len(texts)} texts: both need the same count, above 0")
+    return max(0.0, float(100 * (normalize(pictures) * normalize(texts)).sum(axis=-1).mean()))
+
+
 def retrieval_top1(queries: Features, gallery: Features) -> float:
     """Share (0..1) of queries whose nearest row of the gallery, by cosine, has their own index.
 

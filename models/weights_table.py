@@ -166,6 +166,27 @@ TABLE: dict[str, RegistryWeight | HubWeight] = {
         "MIT (as the code)",
         1_711,
     ),
+    "inception_fid": HubWeight(
+        "features of FID and labels of the Inception score, Inception-v3 of 2015",
+        None,
+        None,
+        ("*inception-2015-12-05-6726825d.pth",),
+        "Apache-2.0",
+        96,
+        "put weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases, or pt_inception-2015-12-05-"
+        "6726825d.pth of pytorch-fid's, which is the same, into a folder",
+        converts=True,
+    ),
+    "aesthetic_l14": HubWeight(
+        "aesthetic score of CLIP ViT-L/14 embeddings",
+        None,
+        None,
+        ("sac+logos+ava1-l14-linearMSE.pth",),
+        "Apache-2.0",
+        4,
+        "put sac+logos+ava1-l14-linearMSE.pth of LAION's improved-aesthetic-predictor into a folder",
+        converts=True,
+    ),
     "longclip_l": HubWeight(
         "sentence encoder, 768 numbers, 248 positions",
         None,

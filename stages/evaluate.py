@@ -1,38 +1,27 @@
 """Measures what a run generated and learned, each number beside its definition.
 
-Consistency of the generated pictures (ST, LT, DINO-sim), their likeness to the films (FD-DINOv2), and what training
-measured (reconstruction retrieval, held-out likelihood). A number whose inputs or weights are not there is null, and
-its `computed_with` says why.
+The numbers of the paper's tables 1 and 2 for the generated pictures, or for another system's pictures of the same
+story; DINOv2's beside them; and what training measured (reconstruction retrieval, held-out likelihood). A number whose
+inputs or weights are not there is null, and its `computed_with` says why.
 
-Source: section 4.2 of the paper, tables 1 and 2. The paper's CLIP features are DINOv2's here, under names of their own,
-so that nobody compares the two.
+Source: section 4.2 of the paper, tables 1 and 2.
 """
 
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from models.measures import (
-    FRECHET,
-    FRECHET_FLOOR,
-    LIKELIHOODS,
-    LONG_TERM,
-    RETRIEVAL,
-    SHORT_TERM,
-    SIMILARITY,
-    UNAVAILABLE,
-    Measure,
-    Number,
-)
+from models import weights
+from models.measures import LIKELIHOODS, LONG_TERM, RETRIEVAL, Number
 from stages.errors import ComputationError
 from stages.face_choice import FaceChoice
 from stages.spec import Inputs, Progress, Row, StageConfig, StageSpec, neutral
@@ -40,6 +29,7 @@ from stages.spec import Inputs, Progress, Row, StageConfig, StageSpec, neutral
 if TYPE_CHECKING:
     from models.face_models import FaceModels
     from models.image_encoder import DinoV2
+    from models.picture_scores import Extractors
 
 FEATURES = "DINOv2-S (hidden states after layer 8, mean over patches)"
 SAME_FACE_COSINE = 0.9  # between conditioning embeddings: the story's face is then one of the films' faces
@@ -56,26 +46,47 @@ class EvaluateConfig(StageConfig):
         0.5, gt=0, description="Distance to the mean identity embedding up to which a face is the character's."
     )
     face_models: FaceChoice = Field(FaceChoice(), description="As `models` of the faces stage; LT asks them.")
+    clip: str | None = Field(
+        None, description="CLIP: name of `weights list` or local folder; none leaves out its numbers."
+    )
+    inception: str | None = Field(
+        None, description="Inception-v3 of FID: name, local file or folder; none leaves out FID and IS."
+    )
+    aesthetic: str | None = Field(
+        None, description="Aesthetic predictor on CLIP: name, local file or folder; none leaves out its score."
+    )
     batch: int = neutral(8, "Pictures encoded at once.", ge=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> "EvaluateConfig":
+        if self.aesthetic is not None and self.clip is None:
+            raise ValueError(f"aesthetic={self.aesthetic} rates CLIP embeddings: set clip too, to clip_vit_l14")
+        return self
+
+    def is_heavy(self) -> bool:
+        """CLIP and Inception are, and so are the large face models."""
+        return bool(self.clip or self.inception) or self.face_models.is_heavy()
+
     def weights(self) -> tuple[str, ...]:
-        """The feature space, and the face models of LT."""
-        return tuple(dict.fromkeys(("dinov2_small", *self.face_models.weights())))
+        """The feature spaces, and the face models of LT."""
+        chosen = filter(None, (self.clip, self.inception, self.aesthetic))
+        return tuple(dict.fromkeys(("dinov2_small", *chosen, *self.face_models.weights())))
 
     def recipe(self) -> dict[str, Any]:
         """Weights enter by what they hold, not by where they lie."""
-        return super().recipe() | {"face_models": self.face_models.recipe()}
+        values = weights.without_places(super().recipe(), "clip", "inception", "aesthetic")
+        return values | {"face_models": self.face_models.recipe()}
 
 
 SPEC = StageSpec(
     name="evaluate",
-    version=1,
+    version=2,
     implementation="stages.evaluate:Evaluate",
     inputs=("pictures", "dream", "shards", "autoencoder", "autoregressive"),
     output="evaluation",
     scope="set",
     cpus=2.0,
-    description="consistency, likeness to the films, and what training measured",
+    description="the paper's scores, likeness to the films, and what training measured",
 )
 
 
@@ -114,6 +125,8 @@ class Evaluate:
         Raises:
             ComputationError: A picture cannot be decoded.
         """
+        from models.picture_scores import score_pictures
+
         pictures = _read_rows(inputs, "pictures", ["frame_index", "script", "jpeg"])
         dream = _read_rows(inputs, "dream", ["frame_index", "face_embeddings"])
         shards = [path for path in inputs.get("shards", ()) if path.suffix == ".tar"]
@@ -121,28 +134,56 @@ class Evaluate:
         stride = -(-keyframe_count // self.config.real_keyframes) or 1
         steps = _Steps(progress, 2 * len(pictures or ()) + len(range(0, keyframe_count, stride)))
 
-        generated = self._encode((row["jpeg"] for row in pictures or ()), "generated picture", steps)
-        numbers = [
-            measure_short_term(pictures, generated),
-            self._measure_long_term(pictures, dream, faces, steps),
-            measure_similarity(generated),
-        ]
-        real = self._encode(_read_keyframes(shards, stride), "keyframe of a film", steps)
-        numbers += [measure_frechet(real, generated), measure_frechet_floor(real)]
+        batch, keyframes = (
+            self.config.batch,
+            (_decode(j, "keyframe of a film") for j in _read_keyframes(shards, stride)),
+        )
+        real = self._extractors.look(keyframes, batch, steps.of("encode keyframes of the films"), with_clip=False)
+        numbers = score_pictures(
+            (_decode(row["jpeg"], "generated picture") for row in pictures or ()),
+            None if pictures is None else [row["script"] for row in pictures],
+            self._extractors,
+            real,
+            batch,
+            steps.of("encode generated pictures"),
+        )
+        numbers.append(self._measure_long_term(pictures, dream, faces, steps.of("look for the characters")))
         numbers += [read_retrieval(_read_metrics(inputs, "autoencoder"))]
         numbers += read_likelihoods(_read_metrics(inputs, "autoregressive"))
-        numbers += list_unavailable()
         text = json.dumps([asdict(number) for number in numbers], indent=1, allow_nan=False)
         (out / "evaluation.json").write_text(text + "\n")
         return {number.name: number.value for number in numbers}
 
-    def _encode(self, jpegs: Iterator[bytes], what: str, steps: "_Steps") -> np.ndarray:
-        """Features, one row a picture; the encoder is loaded if there is a picture."""
-        features = []
-        while batch := list(itertools.islice(jpegs, self.config.batch)):
-            features.append(self._features([_decode(jpeg, what) for jpeg in batch]))
-            steps.advance(len(batch), f"encode {what}s")
-        return np.concatenate(features) if features else np.zeros((0, 1), np.float32)
+    @cached_property
+    def _extractors(self) -> "Extractors":
+        """What looks at pictures, under these settings."""
+        from models.picture_scores import Extractors
+
+        clip, inception, aesthetic = None, None, None
+        if self.config.clip is not None:
+            from models.clip import Clip
+
+            clip = Clip(weights.locate(self.config.clip, self.weights_dir))
+        if self.config.inception is not None:
+            from models.inception import Inception
+
+            inception = Inception(weights.locate(self.config.inception, self.weights_dir))
+        if self.config.aesthetic is not None:
+            from models.aesthetic import Aesthetic
+
+            aesthetic = Aesthetic(weights.locate(self.config.aesthetic, self.weights_dir))
+        return Extractors(self._features, self._names(), clip, inception, aesthetic)
+
+    def _names(self) -> dict[str, str]:
+        def tell(chosen: str | None) -> str:
+            return chosen if chosen in weights.TABLE else "own weights"
+
+        return {
+            "encode": FEATURES,
+            "clip": f"CLIP ({tell(self.config.clip)})",
+            "inception": f"Inception-v3 ({tell(self.config.inception)}) of pictures scaled to 299x299, torchmetrics",
+            "aesthetic": f"aesthetic predictor ({tell(self.config.aesthetic)})",
+        }
 
     def _features(self, images: list[np.ndarray]) -> np.ndarray:
         import torch
@@ -171,7 +212,7 @@ class Evaluate:
         return self._face_models.identify(image, found.landmarks, chips)
 
     def _measure_long_term(
-        self, pictures: list[Row] | None, dream: list[Row] | None, faces: FilmFaces, steps: "_Steps"
+        self, pictures: list[Row] | None, dream: list[Row] | None, faces: FilmFaces, advance: Callable[[int], None]
     ) -> Number:
         """LT: whether the faces that the story asks for are found in its pictures."""
         from models.metrics import found_within
@@ -189,7 +230,7 @@ class Evaluate:
             wanted = expected.get(row["frame_index"])
             found = self._identify(row["jpeg"]) if wanted else None
             hits += [found_within(found, centers[name][None], self.config.identity_distance) for name in wanted or ()]
-            steps.advance(1, "look for the characters")
+            advance(1)
         if not hits:
             return LONG_TERM.missing("no picture of a frame that asks for a character's face")
         return LONG_TERM.computed(
@@ -198,52 +239,6 @@ class Evaluate:
             f"from {self.config.face_score}, {self.config.face_models.identity} identity with distance to the "
             f"character's mean up to {self.config.identity_distance}",
         )
-
-
-def measure_short_term(pictures: list[Row] | None, features: np.ndarray) -> Number:
-    """ST over all adjacent pictures whose scripts share a character."""
-    from models.metrics import adjacent_cosine, mask_shared
-
-    if pictures is None:
-        return SHORT_TERM.missing("no artifact 'pictures'")
-    names = [{c["identity"] for c in json.loads(row["script"]).get("characters", ())} for row in pictures]
-    shared = mask_shared(names)
-    if not shared.any():
-        return SHORT_TERM.missing("no character stands in the scripts of two adjacent frames")
-    cosines = adjacent_cosine(features)[shared]
-    return SHORT_TERM.computed(float(cosines.mean()), f"{FEATURES}; {len(cosines)} pairs of frames")
-
-
-def measure_similarity(features: np.ndarray) -> Number:
-    """DINO-sim over all adjacent pictures."""
-    from models.metrics import adjacent_cosine
-
-    if len(features) < 2:
-        return SIMILARITY.missing(f"{len(features)} generated pictures: at least 2 are needed")
-    cosines = adjacent_cosine(features)
-    return SIMILARITY.computed(float(cosines.mean()), f"{FEATURES}; {len(cosines)} pairs of frames")
-
-
-def measure_frechet(real: np.ndarray, generated: np.ndarray) -> Number:
-    """FD-DINOv2 of the films' keyframes and the generated pictures."""
-    return _compare(FRECHET, real, generated, "keyframes of the films", "generated pictures")
-
-
-def measure_frechet_floor(real: np.ndarray) -> Number:
-    """FD-DINOv2 of the even and the odd keyframes of the films: what nothing but sampling gives."""
-    return _compare(FRECHET_FLOOR, real[::2], real[1::2], "even keyframes", "odd keyframes")
-
-
-def _compare(measure: Measure, first: np.ndarray, second: np.ndarray, first_name: str, second_name: str) -> Number:
-    from models.metrics import frechet_distance, measure_moments
-
-    counts = f"{len(first)} {first_name}, {len(second)} {second_name}"
-    if min(len(first), len(second)) < 2:
-        return measure.missing(f"{counts}: at least 2 of each are needed")
-    few = min(len(first), len(second)) <= first.shape[1]
-    caveat = f"; fewer samples than the {first.shape[1]} features, so the value is biased and no absolute measure"
-    value = frechet_distance(*measure_moments(first), *measure_moments(second))
-    return measure.computed(value, f"{FEATURES}; {counts}{caveat if few else ''}")
 
 
 def read_retrieval(metrics: dict[str, Any] | None) -> Number:
@@ -265,11 +260,6 @@ def read_likelihoods(metrics: dict[str, Any] | None) -> list[Number]:
         else:
             numbers.append(measure.computed(value, f"{metrics.get('heldout_frames')} held-out keyframes"))
     return numbers
-
-
-def list_unavailable() -> list[Number]:
-    """The paper's numbers that need weights which no package carries."""
-    return [measure.missing(f"not available in this profile: needs {name} weights") for name, measure in UNAVAILABLE]
 
 
 def read_film_faces(shards: list[Path]) -> tuple[FilmFaces, int]:
@@ -350,6 +340,10 @@ class _Steps:
     def __init__(self, progress: Progress, total: int):
         self._progress, self._total, self._done = progress, total, 0
 
-    def advance(self, count: int, message: str) -> None:
+    def of(self, message: str) -> Callable[[int], None]:
+        """Counts one kind of step."""
+        return partial(self._advance, message)
+
+    def _advance(self, message: str, count: int) -> None:
         self._done += count
         self._progress(self._done, self._total, message)

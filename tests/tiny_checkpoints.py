@@ -14,6 +14,8 @@ from tokenizers.models import BPE, WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from models.inception import InceptionV3
+
 CHAT = (
     "{% for m in messages %}<start>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for c in m.content %}{% if c.type == 'image' %}PICTURE{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}"
@@ -409,3 +411,30 @@ def save_svd(folder: Path, variant: str | None = "fp16") -> Path:
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder
+
+
+def save_inception(path: Path) -> None:
+    """FID's Inception-v3: of one size only, so at its own, with weights that keep activations in bounds."""
+    drawn = torch.Generator().manual_seed(7)
+    state = InceptionV3().state_dict()
+    for name in sorted(state):
+        shape = state[name].shape
+        if name.endswith(("running_var", "bn.weight")):
+            state[name] = torch.rand(shape, generator=drawn) + 0.5
+        elif len(shape) > 1:
+            state[name] = torch.randn(shape, generator=drawn) * (2 / state[name][0].numel()) ** 0.5
+        elif not name.endswith("num_batches_tracked"):
+            state[name] = torch.randn(shape, generator=drawn) * 0.1
+    torch.save(state, path)
+
+
+def save_aesthetic(path: Path, width: int = 16) -> dict[str, torch.Tensor]:
+    """The aesthetic predictor, for narrower embeddings; returns what is in the file."""
+    drawn = torch.Generator().manual_seed(3)
+    sizes = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}
+    state = {}
+    for number, (inward, outward) in sizes.items():
+        state[f"layers.{number}.weight"] = torch.randn(outward, inward, generator=drawn) / inward**0.5
+        state[f"layers.{number}.bias"] = torch.randn(outward, generator=drawn)
+    torch.save(state, path)
+    return state

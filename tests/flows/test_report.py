@@ -35,6 +35,7 @@ from flows.report import (
     smooth,
     spread,
 )
+from flows.report_tables import lay_out_tables
 
 SCRIPT = {
     "characters": [{"identity": "Person 1", "description": ["A man & a dog stand on the left."]}],
@@ -184,6 +185,14 @@ def test_boxes_are_drawn_in_the_stored_keyframes_pixels():
     assert any(svg.get("viewbox") == "0 0 64 36" for svg in outline.all("svg"))
 
 
+def test_the_papers_tables_stand_below_the_numbers():
+    scored = [{"name": "CLIP score", "value": 21.125}, {"name": "FID", "value": None}]
+    outline = Outline(render_page(make_data(tables=lay_out_tables({"this workspace (heist)": scored}))))
+    for text in ("Table 1 of the paper: story generation", "StreamingT2V", "19.97", "this workspace (heist)", "21.12"):
+        assert text in outline.text, f"{text!r} is missing"
+    assert "Table 1 of the paper" not in Outline(render_page(make_data())).text
+
+
 def test_names_from_outside_are_escaped():
     evil = "<script>alert('x')</script>\" onload=\"alert(1)"
     keyframe = Keyframe(make_jpeg(), 0, 0.0, 0, [Box(0, 0, 9, 9, evil)])
@@ -198,6 +207,7 @@ def test_names_from_outside_are_escaped():
             histories={evil: [{"phase": evil, "step": 1, "loss": 1.0}]},
             movie_name=evil,
             evaluation=[dict.fromkeys(texts, evil) | {"value": 1.0}],
+            tables=lay_out_tables({evil: []}),
             artifacts=[ArtifactRow(evil, 1, evil, evil, None, 1, None)],
             facts={evil: evil},
         )

@@ -11,12 +11,15 @@ import pytest
 import webdataset
 
 from models import weights
+from models.aesthetic import Aesthetic
+from models.clip import Clip
 from models.face_detector import CenterFace
 from models.face_embedder import DlibFace, align_face
 from models.metrics import frechet_distance, measure_moments
 from stages.errors import ComputationError
 from stages.evaluate import SPEC, Evaluate, EvaluateConfig, FilmFaces, cover, find_expected
 from stages.spec import no_progress
+from tests.tiny_checkpoints import save_aesthetic, save_clip, save_inception
 
 # webdataset leaves closing the tars it opened to the garbage collector.
 
@@ -121,8 +124,59 @@ def test_without_inputs_every_number_is_null_and_says_why(stage, tmp_path):
         ("FID", "Inception"),
         ("IS", "Inception"),
         ("aesthetic score", "CLIP"),
+        ("ST", "CLIP"),
+        ("CLIP-sim", "CLIP"),
     ):
         assert numbers[name]["computed_with"].startswith(f"not available in this profile: needs {needed}")
+
+
+@pytest.fixture(scope="module")
+def own_weights(tmp_path_factory) -> dict[str, str]:
+    """The paper's models in their published layouts: CLIP tiny, and a predictor of its width."""
+    folder = tmp_path_factory.mktemp("weights")
+    save_clip(folder / "clip")
+    save_inception(folder / "weights-inception-2015-12-05-6726825d.pth")
+    save_aesthetic(folder / "sac+logos+ava1-l14-linearMSE.pth")
+    places = ("clip", "weights-inception-2015-12-05-6726825d.pth", "sac+logos+ava1-l14-linearMSE.pth")
+    return {name: str(folder / place) for name, place in zip(("clip", "inception", "aesthetic"), places, strict=True)}
+
+
+def test_the_papers_numbers_are_computed_with_the_papers_models(tmp_path, own_weights, portraits, streets):
+    stage = Evaluate(CONFIG.model_copy(update=own_weights))
+    images = [cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) for jpeg in portraits]
+    clip = Clip(Path(own_weights["clip"]))
+    embedded, texts = clip.embed_pictures(images), [f"{letter} looks." for letter in "abcdefghijklmnop"]
+    fits = embedded @ clip.embed_texts(texts).T
+    scripts = [json.dumps(json.loads(SCRIPT) | {"plot": [texts[best]]}) for best in fits.argmax(axis=1)]
+    numbers = evaluate(
+        stage,
+        tmp_path,
+        shards=write_shard(tmp_path / "shard.tar", streets[:3]),
+        pictures=write_pictures(tmp_path, portraits, scripts),
+    )
+    cosines = (embedded[1:] * embedded[:-1]).sum(axis=1)
+    assert numbers["CLIP-sim"]["value"] == numbers["ST"]["value"] == pytest.approx(cosines.mean(), abs=1e-4)
+    assert numbers["CLIP score"]["value"] == pytest.approx(100 * fits.max(axis=1).mean(), abs=1e-2) and fits.max() > 0.1
+    ratings = Aesthetic(Path(own_weights["aesthetic"]))(embedded)
+    assert numbers["aesthetic score"]["value"] == pytest.approx(ratings.mean(), abs=1e-3)
+    assert numbers["FID"]["value"] > 1
+    told = numbers["FID"]["computed_with"]
+    assert "3 keyframes of the films, 6 generated pictures; fewer samples than the 2048 features" in told
+    assert "at least 20" in numbers["IS"]["computed_with"]
+    assert not any(str(tmp_path.parent) in number["computed_with"] for number in numbers.values())
+
+
+def test_weights_enter_the_recipe_by_what_they_hold(own_weights, tmp_path):
+    config = CONFIG.model_copy(update=own_weights)
+    assert not {"clip", "inception", "aesthetic"} & config.recipe().keys()
+    assert set(own_weights.values()) <= set(config.weights()) and config.is_heavy() and not CONFIG.is_heavy()
+    assert CONFIG.model_copy(update={"clip": "clip_vit_l14"}).recipe()["clip"] == "clip_vit_l14"
+    assert "clip" not in CONFIG.recipe() and CONFIG.weights() == ("dinov2_small", "centerface", "dlib_face")
+
+
+def test_an_aesthetic_predictor_without_clip_is_refused():
+    with pytest.raises(ValueError, match="aesthetic=aesthetic_l14 rates CLIP embeddings: set clip too"):
+        EvaluateConfig(aesthetic="aesthetic_l14")
 
 
 def test_the_right_face_is_found_and_a_missing_one_is_not(stage, tmp_path, portraits, streets, identities):
