@@ -107,6 +107,35 @@ def evaluate(model: str | None, **common: Any) -> None:
 
 
 @cli.command()
+@click.argument(
+    "method", metavar="METHOD", type=click.Choice(["frame_by_frame", "consistent_attention", "svd_chain", "freenoise"])
+)
+@click.option("--story", required=True, type=click.Path(path_type=Path), help="The story to paint.")
+@click.option("--first", type=click.Path(path_type=Path), help="The picture that svd_chain starts from.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the movie goes; without it, the workspace alone.")
+@common
+def baseline(
+    method: str, story: Path, first: Path | None, out: Path | None, settings: tuple[str, ...], **common: Any
+) -> None:
+    """Let another system paint a story: its movie, and its numbers, to compare with.
+
+    METHOD is frame_by_frame (SDXL without memory), consistent_attention (StoryDiffusion's on SDXL), svd_chain (Stable
+    Video Diffusion, from last frame to last frame) or freenoise (FreeNoise on AnimateDiff). No trained model is needed.
+    """
+    from flows.baseline import baseline_subject
+    from flows.commands import evaluation_rows
+    from flows.generate import story_subject
+
+    chosen = [f"baseline.method={method}", *(["baseline.first_picture=given"] if first else [])]
+    as_json = common["as_json"]
+    opened = _perform(
+        "baseline", quiet=as_json, story=story, first=first, out=out, settings=(*chosen, *settings), **common
+    )
+    rows = evaluation_rows(opened, baseline_subject(story_subject(story), method))
+    print_table(rows, as_json, ("name", "value", "unit", "better"))
+
+
+@cli.command()
 @click.option("--out", default="report.html", show_default=True, type=click.Path(path_type=Path))
 @json_option
 @workspace_option
@@ -232,7 +261,7 @@ def _perform(
         write_report(opened, report)
     summary["report"] = str(report) if report else None
     summary["seconds"] = round(time.perf_counter() - started, 2)
-    if not quiet:
+    if not quiet or summary["failed"]:
         _print_summary(summary, as_json, nothing_to_do=not plan.todo)
     if summary["failed"]:
         sys.exit(EXIT_FAILED)
@@ -240,12 +269,16 @@ def _perform(
 
 
 def _stages_of(command: str) -> list[str]:
-    """The stages that a command may compute: those that look at films, the others, or all."""
+    """The stages that a command may compute: those that look at films, the others, or both; or another system's."""
+    from flows.baseline import BASELINE_STAGES
     from flows.ingest import FILM_STAGE_NAMES
     from flows.profile import Profile
     from stages.spec import StageConfig
 
+    if command == "baseline":
+        return [spec.name for spec in BASELINE_STAGES]
     names = [name for name, field in Profile.model_fields.items() if isinstance(field.default, StageConfig)]
+    names.remove(BASELINE_STAGES[0].name)
     looks = command in ("run", "ingest")
     return [n for n in names if command == "run" or (n in FILM_STAGE_NAMES or n == "shards") == looks]
 

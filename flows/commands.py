@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.baseline import make_baseline
 from flows.generate import NEWEST_STORY, make_movie, register_references, register_story, retell_films
 from flows.ingest import NEWEST_SNAPSHOT, ingest_films, pack_shards
 from flows.model_registry import adopt_model, champion, choose_champion, get_model, register_model
@@ -15,7 +16,7 @@ from flows.snapshots import find_snapshot
 from flows.sources import Film, expand, resolve
 from flows.train import adopt_snapshot, train_models
 from flows.workspace import Workspace
-from stages.errors import FilmError, MissingInputError
+from stages.errors import FilmError, MissingInputError, UsageError
 from storage.artifacts import Artifact
 
 
@@ -24,13 +25,14 @@ class Request:
     """What a command was asked for.
 
     Attributes:
-        command: `run`, `ingest`, `train`, `retrain`, `generate` or `evaluate`.
+        command: `run`, `ingest`, `train`, `retrain`, `generate`, `evaluate` or `baseline`.
         films: Files, folders, URLs or catalogues, for `run` and `ingest`.
-        story: A story file, for `generate` and, if given, `run`.
+        story: A story file, for `generate` and `baseline` and, if given, `run`.
         out: Where the movie goes.
         references: Pictures whose style and people a generation follows (few-shot).
         snapshot: What to train on, by name; the newest where None.
         model: What to generate with, by name; the champion where None, and where there is none the newest snapshot's.
+        first: The picture that a `baseline` starts from, where its system takes one.
     """
 
     command: str
@@ -40,6 +42,7 @@ class Request:
     references: tuple[Path, ...] = ()
     snapshot: str | None = None
     model: str | None = None
+    first: Path | None = None
 
 
 @dataclass
@@ -91,6 +94,8 @@ def walk(pipeline: Pipeline, request: Request) -> Walked:
             snapshot = _adopt_models(pipeline, request.model)
             story = register_story(pipeline, request.story) if request.story else _adopt_story(pipeline)
             _walk_story(walked, request, story, snapshot)
+        case "baseline":
+            _walk_baseline(walked, request)
         case "run":
             film_ids, packed = _walk_films(pipeline, request.films)
             if packed is not None:
@@ -105,6 +110,16 @@ def _walk_story(walked: Walked, request: Request, story: str, snapshot: str) -> 
     register_references(walked.pipeline, story, request.references)
     make_movie(walked.pipeline, story, snapshot)
     walked.movie = _deliver(walked.pipeline, walked.pipeline.get("movie", story), request.out)
+
+
+def _walk_baseline(walked: Walked, request: Request) -> None:
+    pipeline = walked.pipeline
+    if snapshot := pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT):
+        adopt_snapshot(pipeline, snapshot)  # the films that pictures are compared with
+    if request.story is None:
+        raise UsageError("a baseline needs a story: name one with --story STORY.json")
+    subject = make_baseline(pipeline, register_story(pipeline, request.story), request.first)
+    walked.movie = _deliver(pipeline, pipeline.get("movie", subject), request.out)
 
 
 def _adopt_models(pipeline: Pipeline, name: str | None) -> str:
@@ -166,10 +181,10 @@ def _deliver(pipeline: Pipeline, movie: Artifact | None, out: Path | None) -> Pa
     return out
 
 
-def evaluation_rows(workspace: Workspace) -> list[dict[str, Any]]:
-    """The numbers of the newest evaluation."""
-    story = workspace.catalog.get_ref(NEWEST_STORY)
-    artifact = workspace.catalog.current("evaluation", story) if story else None
+def evaluation_rows(workspace: Workspace, subject: str | None = None) -> list[dict[str, Any]]:
+    """The numbers of the evaluation of a subject, such as a baseline's; without one, of the newest story's."""
+    subject = subject or workspace.catalog.get_ref(NEWEST_STORY)
+    artifact = workspace.catalog.current("evaluation", subject) if subject else None
     if artifact is None:
         return []
     return json.loads(workspace.store.path(artifact.file("evaluation.json")).read_text())

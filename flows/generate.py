@@ -18,6 +18,11 @@ NEWEST_STORY = "story/newest"
 RETOLD = "retold"
 
 
+def story_subject(path: Path) -> str:
+    """What the artifacts of a story are called."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "story"
+
+
 def register_story(pipeline: Pipeline, path: Path) -> str:
     """Keep a story and the face pictures it names as an artifact; returns its subject.
 
@@ -25,7 +30,7 @@ def register_story(pipeline: Pipeline, path: Path) -> str:
         ScriptError: The story cannot be used.
     """
     story = load_story(path)
-    subject = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "story"
+    subject = story_subject(path)
     values = story.model_dump(mode="json")
     with tempfile.TemporaryDirectory() as folder:
         pictures = []
