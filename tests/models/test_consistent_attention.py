@@ -6,7 +6,14 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.consistent_attention import Consistency, ConsistentSelfAttention, paint_consistently, plan_windows
+from models.consistent_attention import (
+    Consistency,
+    ConsistentSelfAttention,
+    Window,
+    _sample_window,
+    paint_consistently,
+    plan_windows,
+)
 from models.diffusers_pipelines import PictureFolder, Sampling, decode
 from models.sdxl_pictures import load_sdxl, sample_latents
 from tests.tiny_pipelines import write_sdxl_pipeline
@@ -66,6 +73,16 @@ def test_pictures_that_windows_share_are_painted_once_and_looked_at(sdxl, tmp_pa
     rows = paint(sdxl, tmp_path / "a", **split)
     assert paint(sdxl, tmp_path / "first", PROMPTS[:2], **split) == rows[:2], "the first window knows no later one"
     assert paint(sdxl, tmp_path / "b", ["a red dog", "the sun", "night"], **split)[2] != rows[2]
+
+
+def test_shared_pictures_pass_through_each_step_as_they_were(sdxl):
+    def sample(known):
+        return _sample_window(sdxl, PROMPTS, Window(1, 3, 1), known, SAMPLING, 0.5, lambda step: None)
+
+    known = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    path = sample(known)
+    assert torch.equal(path[:, :1], known)
+    assert not torch.equal(path[-1, 1], sample(2 * known)[-1, 1]), "the new picture looks at them"
 
 
 def make_layer(width: int = 8) -> Attention:
