@@ -103,7 +103,7 @@ def generate(story: Path, out: Path, references: tuple[Path, ...], model: str | 
 def evaluate(model: str | None, tables: bool, **common: Any) -> None:
     """Score the newest generation and the models behind it."""
     opened = _perform("evaluate", quiet=True, model=model, **common)
-    _print_scores(opened, None, tables, common["as_json"])
+    _print_scores(opened, None, None, tables, common["as_json"])
 
 
 @cli.command("score-pictures")
@@ -121,15 +121,17 @@ def score_pictures(pictures: Path, name: str, story: Path | None, tables: bool, 
     video, which is cut into as many equal parts as the story has frames; each part gives its middle frame.
     """
     opened = _perform("score_pictures", quiet=True, pictures=pictures, name=name, story=story, **common)
-    _print_scores(opened, name, tables, common["as_json"])
+    _print_scores(opened, name, story, tables, common["as_json"])
 
 
-def _print_scores(opened: Any, system: str | None, tables: bool, as_json: bool) -> None:
+def _print_scores(opened: Any, system: str | None, story: Path | None, tables: bool, as_json: bool) -> None:
     from flows.commands import all_evaluations, evaluation_rows
+    from flows.generate import story_subject
     from flows.report_tables import lay_out_tables
 
     if not tables:
-        print_table(evaluation_rows(opened, system), as_json, ("name", "value", "unit", "better"))
+        rows = evaluation_rows(opened, system, story_subject(story) if story else None)
+        print_table(rows, as_json, ("name", "value", "unit", "better"))
         return
     laid_out = lay_out_tables(all_evaluations(opened))
     if as_json:
@@ -146,6 +148,37 @@ def _print_scores(opened: Any, system: str | None, tables: bool, as_json: bool) 
         print_table(rows, False, ("method", "measured by", *headings.values()))
         for note in table["notes"]:
             click.echo(note)
+
+
+@cli.command()
+@click.argument(
+    "method", metavar="METHOD", type=click.Choice(["frame_by_frame", "consistent_attention", "svd_chain", "freenoise"])
+)
+@click.option("--story", required=True, type=click.Path(path_type=Path), help="The story to paint.")
+@click.option("--first", type=click.Path(path_type=Path), help="The picture that svd_chain starts from.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the movie goes; without it, the workspace alone.")
+@tables_option
+@common
+def baseline(
+    method: str,
+    story: Path,
+    first: Path | None,
+    out: Path | None,
+    tables: bool,
+    settings: tuple[str, ...],
+    **common: Any,
+) -> None:
+    """Let another system paint a story: its movie, and its numbers, to compare with.
+
+    METHOD is frame_by_frame (SDXL without memory), consistent_attention (StoryDiffusion's on SDXL), svd_chain (Stable
+    Video Diffusion, from last frame to last frame) or freenoise (FreeNoise on AnimateDiff). No trained model is needed.
+    """
+    chosen = [f"baseline.method={method}", *(["baseline.first_picture=given"] if first else [])]
+    as_json = common["as_json"]
+    opened = _perform(
+        "baseline", quiet=as_json, story=story, first=first, out=out, settings=(*chosen, *settings), **common
+    )
+    _print_scores(opened, method, story, tables, as_json)
 
 
 @cli.command()
@@ -274,7 +307,7 @@ def _perform(
         write_report(opened, report)
     summary["report"] = str(report) if report else None
     summary["seconds"] = round(time.perf_counter() - started, 2)
-    if not quiet:
+    if not quiet or summary["failed"]:
         _print_summary(summary, as_json, nothing_to_do=not plan.todo)
     if summary["failed"]:
         sys.exit(EXIT_FAILED)
@@ -282,14 +315,18 @@ def _perform(
 
 
 def _stages_of(command: str) -> list[str]:
-    """The stages that a command may compute: those that look at films, the others, or all."""
+    """The stages that a command may compute: those that look at films, the others, or both; or another system's."""
+    from flows.baseline import BASELINE_STAGES
     from flows.ingest import FILM_STAGE_NAMES
     from flows.profile import Profile
     from stages.spec import StageConfig
 
     if command == "score_pictures":
         return ["evaluate"]
+    if command == "baseline":
+        return [spec.name for spec in BASELINE_STAGES]
     names = [name for name, field in Profile.model_fields.items() if isinstance(field.default, StageConfig)]
+    names.remove(BASELINE_STAGES[0].name)
     looks = command in ("run", "ingest")
     return [n for n in names if command == "run" or (n in FILM_STAGE_NAMES or n == "shards") == looks]
 

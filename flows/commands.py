@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.baseline import make_baseline
 from flows.generate import (
     NEWEST_STORY,
     OF,
@@ -16,6 +17,7 @@ from flows.generate import (
     register_story,
     retell_films,
     score_pictures,
+    subject_of,
 )
 from flows.ingest import NEWEST_SNAPSHOT, ingest_films, pack_shards
 from flows.model_registry import adopt_model, champion, choose_champion, get_model, register_model
@@ -24,7 +26,7 @@ from flows.snapshots import find_snapshot
 from flows.sources import Film, expand, resolve
 from flows.train import adopt_snapshot, train_models
 from flows.workspace import Workspace
-from stages.errors import FilmError, MissingInputError
+from stages.errors import FilmError, MissingInputError, UsageError
 from storage.artifacts import Artifact
 
 HERE = "this workspace"
@@ -36,15 +38,16 @@ class Request:
     """What a command was asked for.
 
     Attributes:
-        command: `run`, `ingest`, `train`, `retrain`, `generate`, `evaluate` or `score_pictures`.
+        command: `run`, `ingest`, `train`, `retrain`, `generate`, `evaluate`, `score_pictures` or `baseline`.
         films: Files, folders, URLs or catalogues, for `run` and `ingest`.
-        story: A story file, for `generate` and, if given, `run` and `score_pictures`.
+        story: A story file, for `generate` and `baseline` and, if given, `run` and `score_pictures`.
         out: Where the movie goes.
         references: Pictures whose style and people a generation follows (few-shot).
         snapshot: What to train on, by name; the newest where None.
         model: What to generate with, by name; the champion where None, and where there is none the newest snapshot's.
         pictures: Another system's pictures of the story, for `score_pictures`: a folder or a video.
         name: What that system is called.
+        first: The picture that a `baseline` starts from, where its system takes one.
     """
 
     command: str
@@ -56,6 +59,7 @@ class Request:
     model: str | None = None
     pictures: Path | None = None
     name: str | None = None
+    first: Path | None = None
 
 
 @dataclass
@@ -114,6 +118,8 @@ def walk(pipeline: Pipeline, request: Request) -> Walked:
             story = register_story(pipeline, request.story) if request.story else _adopt_story(pipeline)
             subject = register_pictures(pipeline, story, request.pictures or Path(), request.name or "")
             score_pictures(pipeline, story, subject)
+        case "baseline":
+            _walk_baseline(walked, request)
         case "run":
             film_ids, packed = _walk_films(pipeline, request.films)
             if packed is not None:
@@ -128,6 +134,16 @@ def _walk_story(walked: Walked, request: Request, story: str, snapshot: str) -> 
     register_references(walked.pipeline, story, request.references)
     make_movie(walked.pipeline, story, snapshot)
     walked.movie = _deliver(walked.pipeline, walked.pipeline.get("movie", story), request.out)
+
+
+def _walk_baseline(walked: Walked, request: Request) -> None:
+    pipeline = walked.pipeline
+    if snapshot := pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT):
+        adopt_snapshot(pipeline, snapshot)  # the films that pictures are compared with
+    if request.story is None:
+        raise UsageError("a baseline needs a story: name one with --story STORY.json")
+    subject = make_baseline(pipeline, register_story(pipeline, request.story), request.first)
+    walked.movie = _deliver(pipeline, pipeline.get("movie", subject), request.out)
 
 
 def _adopt_models(pipeline: Pipeline, name: str | None) -> str:
@@ -189,16 +205,23 @@ def _deliver(pipeline: Pipeline, movie: Artifact | None, out: Path | None) -> Pa
     return out
 
 
-def evaluation_rows(workspace: Workspace, system: str | None = None) -> list[dict[str, Any]]:
-    """The numbers of the newest story's evaluation, or the newest of another system's pictures."""
+def evaluation_rows(workspace: Workspace, system: str | None = None, story: str | None = None) -> list[dict[str, Any]]:
+    """The numbers of a story's pictures.
+
+    Args:
+        workspace: Whose evaluations.
+        system: Who made the pictures; None for this workspace's own models.
+        story: Its subject; None for the newest that the system told.
+    """
     catalog = workspace.catalog
     if system is None:
-        story = catalog.get_ref(NEWEST_STORY)
-        found = [catalog.current("evaluation", story)] if story else []
+        subjects = [story or catalog.get_ref(NEWEST_STORY)]
+    elif story is not None:
+        subjects = [subject_of(system, story)]
     else:
         subjects = [s for s in catalog.current_digests("evaluation") if s.rpartition(OF)[0] == system]
-        found = sorted((catalog.current("evaluation", s) for s in subjects), key=lambda a: a.created_at if a else "")
-    return read_evaluation(workspace, found[-1]) if found and found[-1] else []
+    found = [artifact for s in subjects if s and (artifact := catalog.current("evaluation", s))]
+    return read_evaluation(workspace, max(found, key=lambda artifact: artifact.created_at)) if found else []
 
 
 def all_evaluations(workspace: Workspace) -> dict[str, list[dict[str, Any]]]:

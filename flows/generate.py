@@ -24,6 +24,11 @@ OF = "."
 """Between a system's name and the story's, in the subject of its pictures; no story's subject holds it."""
 
 
+def story_subject(path: Path) -> str:
+    """What the artifacts of a story are called."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "story"
+
+
 def register_story(pipeline: Pipeline, path: Path) -> str:
     """Keep a story and the face pictures it names as an artifact; returns its subject.
 
@@ -31,7 +36,7 @@ def register_story(pipeline: Pipeline, path: Path) -> str:
         ScriptError: The story cannot be used.
     """
     story = load_story(path)
-    subject = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem).strip("-") or "story"
+    subject = story_subject(path)
     values = story.model_dump(mode="json")
     with tempfile.TemporaryDirectory() as folder:
         pictures = []
@@ -118,6 +123,11 @@ def register_references(pipeline: Pipeline, subject: str, pictures: Sequence[Pat
         _keep_files(pipeline, "references", subject, named)
 
 
+def subject_of(system: str, story: str) -> str:
+    """What another system's artifacts of a story are called; no story's own name has a dot in it."""
+    return f"{system}{OF}{story}"
+
+
 def register_pictures(pipeline: Pipeline, story: str, place: Path, name: str) -> str:
     """Keep another system's pictures of a story as an artifact; returns its subject.
 
@@ -141,7 +151,7 @@ def register_pictures(pipeline: Pipeline, story: str, place: Path, name: str) ->
         pictures = read_pictures(place, len(told.frames))
     except PictureError as error:
         raise UsageError(str(error)) from error
-    subject = f"{name}{OF}{story}"
+    subject = subject_of(name, story)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pictures.parquet"
         _write_pictures(path, told, pictures)

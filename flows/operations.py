@@ -49,6 +49,7 @@ PARAMETERS = {
     "model": "What to generate with, by name; the champion where it is left out",
     "story": "The story's JSON file",
     "out": "Where the movie goes",
+    "first": "The picture that svd_chain starts from; SDXL makes one where it is left out",
     "references": "Pictures whose style and people the keyframes follow",
     "select": "STAGE, STAGE+ with what follows, or +STAGE with what it needs; all where it is left out",
     "reprocess": "Which films to bring up to date",
@@ -209,6 +210,22 @@ def score_pictures(
 ) -> dict[str, Any]:
     """Score another system's pictures of a story as those generated here are scored."""
     request = Request("score_pictures", story=Path(story) if story else None, pictures=Path(pictures), name=name)
+    return _perform(request, profile, workspace, settings or [])
+
+
+@operation("baseline")
+def baseline(
+    story: Name,
+    out: str | None = None,
+    first: str | None = None,
+    profile: Name = "embedded",
+    workspace: Name = "./workspace",
+    settings: Settings = None,
+) -> dict[str, Any]:
+    """A story in, the movie and the numbers of another system out: the one that the setting baseline.method names."""
+    request = Request(
+        "baseline", story=Path(story), out=Path(out) if out else None, first=Path(first) if first else None
+    )
     return _perform(request, profile, workspace, settings or [])
 
 

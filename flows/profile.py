@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from models.weights import TABLE, WeightsError, missing_files
 from stages.animate import AnimateConfig
+from stages.baseline import BaselineConfig
 from stages.captions import CaptionsConfig
 from stages.dream import DreamConfig
 from stages.errors import ProfileError
@@ -104,6 +105,7 @@ class Profile(BaseModel):
     render: RenderConfig = RenderConfig()
     animate: AnimateConfig = AnimateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    baseline: BaselineConfig = BaselineConfig()
 
     def config(self, spec: StageSpec) -> StageConfig:
         """The settings of a stage."""

@@ -13,7 +13,7 @@ from flows.plan import STAGES
 from flows.profile import Profile
 from flows.train import TRAIN_STAGES
 from flows.workspace import Workspace
-from stages import features, score
+from stages import baseline, features, score
 from stages.engine import Engine, InlineExecutor
 from stages.errors import UsageError
 from stages.spec import StageSpec
@@ -21,7 +21,7 @@ from stages.worker import Unit, Worker, WorkerSettings
 from storage.artifacts import read_rows
 from storage.objects import ObjectStore, StoredFile
 
-ALL_STAGES = (*STAGES, features.SPEC, *TRAIN_STAGES, score.SPEC, *GENERATE_STAGES)
+ALL_STAGES = (*STAGES, features.SPEC, *TRAIN_STAGES, score.SPEC, *GENERATE_STAGES, baseline.SPEC)
 
 
 def replay(workspace: Workspace, profile: Profile, name: str, out: Path) -> dict[str, Any]:
