@@ -36,7 +36,7 @@ class DreamConfig(StageConfig):
     overlap_frames: int = Field(16, ge=0, description="keyframes that a fresh window takes over; less than a window")
     window: Literal["restart", "slide"] = Field(
         "restart",
-        description="when the window is full: `restart` with the overlap, as the paper; or `slide`, the oldest falls out",
+        description="what a full window does: `restart` with the overlap, as in the paper, or `slide`: the oldest goes",
     )
     sink_frames: int = Field(1, ge=1, description="first keyframes that never fall out of a sliding window")
     max_references: int = Field(10, ge=0, description="reference pictures used, the first ones given")
