@@ -203,7 +203,7 @@ class AutoregressiveModel(nn.Module):
             tokens: Standardized frame tokens to read in place of the batch's own.
         """
         tokens = self.standardize(batch.tokens) if tokens is None else tokens
-        inputs = self.trunk.embed_tokens(batch.words)
+        inputs = self.trunk.embed_tokens(batch.words).to(tokens.dtype)  # the trunk may be in half precision
         rows = {
             Kind.SENTENCE: self._project(self.text_projection, batch.sentences - self.text_mean),
             Kind.FACE: self._project(self.face_projection, batch.faces),

@@ -57,6 +57,11 @@ class Mixture:
         """The mixture's mean: the "predicted token" of the l1 and l2 losses."""
         return (self.logits.softmax(-1).unsqueeze(-1) * self.locations).sum(-2)
 
+    def variance(self) -> Float[Tensor, "*batch dim"]:
+        """The mixture's variance in each dimension."""
+        squares = self.scales.square() + (self.locations - self.mean().unsqueeze(-2)).square()
+        return (self.logits.softmax(-1).unsqueeze(-1) * squares).sum(-2)
+
     def sample(self, generator: torch.Generator, temperature: float = 1.0) -> Float[Tensor, "*batch dim"]:
         """Draw one token from each mixture.
 
@@ -100,6 +105,51 @@ class _LogProb(torch.autograd.Function):
         to_locations = (standardized / scales).mul_(share)
         to_scales = (to_locations * standardized).addcdiv_(share.expand_as(scales), scales, value=-1)
         return to_logits, to_locations, to_scales, -to_locations.sum(-2)
+
+
+def guide(conditional: Mixture, unconditional: Mixture, weight: float) -> Mixture:
+    """Classifier-free guidance between densities: a mixture near p_c^(1 + w) / p_u^w, normalised, in closed form.
+
+    A power of a mixture is no mixture, so two things stand in for what has no closed form. The unconditional density is
+    taken as one Gaussian of its mean and its variances. The conditional one is raised component by component, as if
+    its components did not overlap (right as well where they are all alike): component j becomes the Gaussian
+    N_j^(1 + w) / N_u^w / Z_j, and its weight pi_j becomes pi_j^(1 + w) Z_j, normalised. In one dimension, with
+    r = (s_j / s_u)^2 and g = 1 + w - w r,
+
+        scale = s_j / sqrt(g)        location = m_j + (m_j - m_u) w r / g
+        log Z_j = (m_j - m_u)^2 w (1 + w) / (2 g s_u^2) - (w log r + log g) / 2
+
+    and Z_j of several dimensions is their product. For two single Gaussians this is exact.
+
+    Where the unconditional scale is smaller than the component's, the quotient is wider than the component, and from
+    s_u^2 <= s_j^2 w / (1 + w) on it is no density. There s_u is taken to be s_j: the location still moves away from the
+    unconditional one, by w times the difference, and the scale stays. So no scale ever grows.
+
+    Args:
+        conditional: Predicted with what the sample should follow.
+        unconditional: Predicted without; of the same batch, with any number of components.
+        weight: w, at least 0; 0 gives the conditional mixture.
+
+    Returns:
+        As many components as the conditional has; its logits are log weights that sum to 1.
+
+    Raises:
+        ValueError: The weight is negative.
+
+    Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", 2022; between densities as in GIVT, which samples
+    their quotient by rejection.
+    """
+    if weight < 0:
+        raise ValueError(f"guidance weight {weight}: expected at least 0")
+    mean, variance = unconditional.mean().unsqueeze(-2), unconditional.variance().unsqueeze(-2)
+    variance = torch.maximum(variance, conditional.scales.square())
+    ratio = conditional.scales.square() / variance
+    gain = 1 + weight - weight * ratio
+    difference = conditional.locations - mean
+    log_constants = difference.square() * weight * (1 + weight) / (gain * variance) - weight * ratio.log() - gain.log()
+    logits = (1 + weight) * conditional.logits.log_softmax(-1) + 0.5 * log_constants.sum(-1)
+    locations = conditional.locations + difference * weight * ratio / gain
+    return Mixture(logits.log_softmax(-1), locations, conditional.scales / gain.sqrt())
 
 
 def parameter_count(components: int, dim: int) -> int:

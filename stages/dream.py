@@ -1,19 +1,21 @@
 """Dreams a story up: from its scripts to the tokens of every keyframe.
 
 Zero-shot from the scripts alone; few-shot when reference pictures are given; or as the continuation of an ingested
-film, whose last keyframes then come before the story's first. Stories may be longer than the model's window.
+film, whose last keyframes then come before the story's first. Stories may be longer than the model's window: a fresh
+one starts then, or the oldest keyframe falls out. On an accelerator the trunk samples in bfloat16, the mixture head in
+float32.
 
 Source: the paper, section 3.3 (equation 5, "Few-shot training for personalized generation") and appendix A.
 """
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models import weights
 from models.script import FrameScript, ScriptError, Story, StoryCharacter, StoryFrame, load_story
@@ -32,13 +34,28 @@ class DreamConfig(StageConfig):
 
     window_frames: int = Field(128, ge=2, description="most keyframes that the model sees at once")
     overlap_frames: int = Field(16, ge=0, description="keyframes that a fresh window takes over; less than a window")
+    window: Literal["restart", "slide"] = Field(
+        "restart",
+        description="what a full window does: `restart` with the overlap, as in the paper, or `slide`: the oldest goes",
+    )
+    sink_frames: int = Field(1, ge=1, description="first keyframes that never fall out of a sliding window")
     max_references: int = Field(10, ge=0, description="reference pictures used, the first ones given")
     continue_film: str | None = Field(None, description="id of the ingested film that the story goes on from")
     temperature: float = Field(0.95, ge=0, description="factor of the standard deviations when sampling")
+    guidance: float = Field(0, ge=0, description="how much more the script counts than without guidance; 0 for none")
     text_encoder: str = Field("minilm_l6", description="as in the tokenize stage")
     face_models: FaceChoice = Field(FaceChoice(), description="as `models` of the faces stage")
     min_face_score: float = Field(0.5, ge=0, le=1, description="score from which a character's picture shows a face")
     seed: int = Field(0, ge=0, description="of everything random")
+
+    @model_validator(mode="after")
+    def _check_window(self) -> "DreamConfig":
+        most = self.window_frames - 1
+        if self.overlap_frames > most:
+            raise ValueError(f"overlap_frames {self.overlap_frames}: expected at most window_frames - 1 = {most}")
+        if self.window == "slide" and self.sink_frames >= most:
+            raise ValueError(f"sink_frames {self.sink_frames}: expected at most window_frames - 2 = {most - 1}")
+        return self
 
     def weights(self) -> tuple[str, ...]:
         """Of sentences and faces."""
@@ -105,7 +122,7 @@ class Dream:
             StoryError: The story, a face or a reference picture cannot be used.
             MissingInputError: The model or the tokens of a film that is named are not there.
         """
-        from models.generation import generate
+        from models.generation import Sampling, generate
 
         story = _read_story(next(path for path in inputs["story"] if path.suffix == ".json"))
         model = self._load_model(inputs)
@@ -118,10 +135,8 @@ class Dream:
             frames,
             history=history,
             references=references,
-            window_frames=self._config.window_frames,
-            overlap_frames=self._config.overlap_frames,
-            temperature=self._config.temperature,
             seed=self._config.seed,
+            sampling=Sampling(**{name: getattr(self._config, name) for name in Sampling.__dataclass_fields__}),
             progress=lambda done, total: progress(done, total, f"keyframe {done} of {total}"),
         )
         rows = [_row(*values) for values in zip(itertools.count(), story.shot_indices(), story.frames, frames, tokens)]
@@ -136,11 +151,13 @@ class Dream:
 
     def _load_model(self, inputs: Inputs) -> "AutoregressiveModel":
         from models.autoregressive import load_autoregressive
+        from models.generation import halve_trunk
 
         path = next((path for path in inputs.get("autoregressive", []) if path.suffix == ".safetensors"), None)
         if path is None:
             raise MissingInputError("there is no trained story model: run `moviedreamer train` first")
-        return load_autoregressive(path, self._device)
+        model = load_autoregressive(path, self._device)
+        return model if self._device == "cpu" else halve_trunk(model)
 
     def _load_table(self, inputs: Inputs) -> "TokenTable | None":
         from models.token_table import TokenTable

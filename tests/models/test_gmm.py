@@ -12,6 +12,7 @@ from models.gmm import (
     MIN_SHRINKAGE,
     Mixture,
     fit_gaussian,
+    guide,
     mixture_of_parameters,
     parameter_count,
     squareplus,
@@ -38,6 +39,7 @@ def test_density_and_mean_equal_torch(components: int, dim: int, seed: int) -> N
     values = 3 * torch.randn(5, dim, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     torch.testing.assert_close(mixture.log_prob(values), as_torch(mixture).log_prob(values))
     torch.testing.assert_close(mixture.mean(), as_torch(mixture).mean)
+    torch.testing.assert_close(mixture.variance(), as_torch(mixture).variance)
 
 
 @pytest.mark.parametrize("components", [1, 3, 16])
@@ -88,6 +90,99 @@ def test_temperature_scales_the_deviation() -> None:
     noise = [(mixture.sample(torch.Generator().manual_seed(1), t) - mixture.locations[:, 0]) for t in (0.0, 0.5, 1.0)]
     assert noise[0].abs().max() == 0
     torch.testing.assert_close(2 * noise[1], noise[2])
+
+
+GRID = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+
+
+def one_dimensional(weights: list[float], locations: list[float], scales: list[float]) -> Mixture:
+    parts = (torch.tensor(numbers, dtype=torch.float64) for numbers in (weights, locations, scales))
+    logits, locations, scales = parts
+    return Mixture(logits.log(), locations.unsqueeze(-1), scales.unsqueeze(-1))
+
+
+def quotient(conditional: Mixture, unconditional: Mixture, weight: float) -> torch.Tensor:
+    """p_c^(1 + w) / p_u^w on the grid, normalised by its integral."""
+    values = GRID.unsqueeze(-1)
+    log_density = (1 + weight) * conditional.log_prob(values) - weight * unconditional.log_prob(values)
+    density = (log_density - log_density.max()).exp()
+    return density / torch.trapezoid(density, GRID)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    weight=st.floats(0, 5),
+    locations=st.tuples(st.floats(-2, 2), st.floats(-2, 2)),
+    scale=st.floats(0.1, 1),
+    wider=st.floats(1, 4),
+)
+def test_guided_single_gaussians_are_exact(
+    weight: float, locations: tuple[float, float], scale: float, wider: float
+) -> None:
+    conditional = one_dimensional([1.0], [locations[0]], [scale])
+    unconditional = one_dimensional([1.0], [locations[1]], [scale * wider])
+    guided = guide(conditional, unconditional, weight)
+    expected = quotient(conditional, unconditional, weight)
+    torch.testing.assert_close(guided.log_prob(GRID[:, None]).exp(), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_guided_components_that_lie_apart_are_exact(weight: float) -> None:
+    """Their new weights are the integrals of their parts."""
+    conditional = one_dimensional([0.5, 0.3, 0.2], [-6.0, 0.0, 7.0], [0.5, 0.3, 0.6])
+    unconditional = one_dimensional([1.0], [2.0], [8.0])
+    guided = guide(conditional, unconditional, weight)
+    expected = quotient(conditional, unconditional, weight)
+    torch.testing.assert_close(guided.log_prob(GRID[:, None]).exp(), expected, atol=1e-6, rtol=1e-6)
+    assert (guided.logits.exp() - torch.tensor([0.5, 0.3, 0.2])).abs().min() > 0.01
+
+
+def test_guided_components_that_are_alike_are_exact() -> None:
+    conditional = one_dimensional([0.9, 0.1], [1.0, 1.0], [0.5, 0.5])
+    unconditional = one_dimensional([1.0], [0.0], [1.5])
+    found = guide(conditional, unconditional, 1.5).log_prob(GRID[:, None]).exp()
+    torch.testing.assert_close(found, quotient(conditional, unconditional, 1.5), atol=1e-6, rtol=1e-6)
+
+
+def test_an_unconditional_mixture_counts_by_its_mean_and_variance() -> None:
+    conditional, unconditional = random_mixture(4, 3), random_mixture(6, 3, seed=1)
+    moments = Mixture(
+        torch.zeros(5, 1, dtype=torch.float64),
+        unconditional.mean().unsqueeze(-2),
+        unconditional.variance().sqrt().unsqueeze(-2),
+    )
+    found, expected = (tuple(vars(guide(conditional, u, 2.0)).values()) for u in (unconditional, moments))
+    torch.testing.assert_close(found, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(components=st.integers(1, 7), dim=st.integers(1, 40), weight=st.floats(0, 20), seed=st.integers(0, 1000))
+def test_guided_mixtures_are_proper_and_never_wider(components: int, dim: int, weight: float, seed: int) -> None:
+    conditional, unconditional = (random_mixture(components, dim, seed=s, dtype=torch.float32) for s in (seed, -seed))
+    guided = guide(conditional, unconditional, weight)
+    torch.testing.assert_close(guided.logits.logsumexp(-1), torch.zeros(5), atol=1e-5, rtol=0)
+    assert (guided.scales > 0).all() and (guided.scales <= conditional.scales * (1 + 1e-6)).all()
+    assert torch.isfinite(guided.locations).all()
+
+
+def test_no_guidance_is_the_conditional() -> None:
+    conditional = random_mixture(4, 3)
+    guided = guide(conditional, random_mixture(4, 3, seed=1), 0.0)
+    assert torch.equal(guided.locations, conditional.locations)
+    assert torch.equal(guided.scales, conditional.scales)
+    torch.testing.assert_close(guided.logits, conditional.logits.log_softmax(-1))
+
+
+def test_a_narrow_unconditional_counts_as_wide_as_the_component() -> None:
+    """The quotient of these two is no density: it grows without end."""
+    guided = guide(one_dimensional([1.0], [1.0], [1.0]), one_dimensional([1.0], [0.5], [0.2]), 3.0)
+    assert guided.scales.item() == pytest.approx(1.0)
+    assert guided.locations.item() == pytest.approx(1.0 + 3 * 0.5)
+
+
+def test_negative_guidance_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"guidance weight -0.5: expected at least 0"):
+        guide(random_mixture(2, 1), random_mixture(2, 1), -0.5)
 
 
 def test_same_seed_same_sample() -> None:

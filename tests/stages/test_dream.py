@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -121,6 +122,46 @@ def test_story_longer_than_the_window(model: list[Path], tmp_path: Path) -> None
     assert np.isfinite([row["tokens"] for row in rows]).all()
 
 
+def test_a_long_story_in_a_window_that_slides(model: list[Path], tokens: Path, tmp_path: Path) -> None:
+    """As with fresh windows until the first one is full; a film to go on from keeps its place in it."""
+    story = write_story(tmp_path, frames=[{"plot": [f"Part {n}."]} for n in range(9)])
+    inputs = {"story": [story], "autoregressive": model, "tokens": [tokens]}
+    settings = {"window_frames": 6, "overlap_frames": 2, "continue_film": "bikes"}
+    _, restarted = dream(tmp_path / "restart", inputs, **settings)
+    summary, slid = dream(tmp_path / "slide", inputs, **settings, window="slide", sink_frames=2)
+    assert (summary["frames"], summary["mode"], summary["history"]) == (9, "continue", 2)
+    same = [np.allclose(a["tokens"], b["tokens"], atol=1e-5) for a, b in zip(restarted, slid, strict=True)]
+    assert same[:4] == [True] * 4 and not all(same)
+
+
+def test_guidance_leads_where_there_is_a_script(model: list[Path], tmp_path: Path) -> None:
+    inputs = {"story": [write_story(tmp_path)], "autoregressive": model}
+    for name, settings in (("plain", {}), ("none", {"guidance": 0.0}), ("guided", {"guidance": 2.0})):
+        dream(tmp_path / name, inputs, **settings)
+    made = [
+        pq.read_table(tmp_path / name / "dream.parquet")["tokens"].to_pylist() for name in ("plain", "none", "guided")
+    ]
+    assert made[0] == made[1]
+    assert np.isfinite(made[2]).all() and not np.isclose(made[0], made[2]).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window_frames": 8, "overlap_frames": 8}, "overlap_frames 8: expected at most window_frames - 1 = 7"),
+        (
+            {"window": "slide", "window_frames": 20, "sink_frames": 19},
+            "sink_frames 19: expected at most window_frames - 2 = 18",
+        ),
+        ({"window": "jump"}, "Input should be 'restart' or 'slide'"),
+        ({"guidance": -1}, "greater than or equal to 0"),
+    ],
+)
+def test_settings_that_do_not_fit_the_window(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DreamConfig(**settings)
+
+
 def test_a_characters_face_comes_from_a_picture(model: list[Path], face_picture: Path, tmp_path: Path) -> None:
     _, plain = dream(tmp_path / "plain", {"story": [write_story(tmp_path)], "autoregressive": model})
     story = with_character(tmp_path, face=str(face_picture))
@@ -152,6 +193,8 @@ def test_few_shot_from_pictures(model: list[Path], face_picture: Path, tmp_path:
     assert (summary["mode"], summary["references"]) == ("few-shot", 2)
     _, plain = dream(tmp_path / "zero", inputs, max_references=0)
     assert not np.allclose(rows[0]["tokens"], plain[0]["tokens"])
+    _, slid = dream(tmp_path / "slide", inputs, max_references=2, window="slide", window_frames=4, overlap_frames=0)
+    np.testing.assert_allclose([row["tokens"] for row in slid], [row["tokens"] for row in rows], atol=1e-5)
 
 
 def test_a_picture_without_a_face_is_named(model: list[Path], tmp_path: Path) -> None:
