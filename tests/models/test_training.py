@@ -152,9 +152,9 @@ def train_with_a_part_frozen(precision: str) -> dict[str, Any]:
         run.update(loss, 1e-2, 1e-2)
         if step == 0:
             frozen = describe(model, run)["weights"]
+    after = describe(model, run)["weights"]
     changed = {
-        name: [not torch.equal(weights[name], before[name]) for weights in (frozen, describe(model, run)["weights"])]
-        for name in before
+        name: [not torch.equal(weights[name], value) for weights in (frozen, after)] for name, value in before.items()
     }
     types = {p.dtype for p in model.parameters()} | {value.dtype for value in run.averages.values()}
     return {"changed": changed, "types": types, "loss": loss.item()}
