@@ -87,6 +87,9 @@ def place_model(
         register_fsdp_forward_method(model, method)
     model.to_empty(device=device)
     _hand_out(full, model, device)
+    # Now, as all of it is trainable: for layers that are frozen when the model first runs, FSDP would never learn in
+    # which type to hand back gradients. There is no public way to ask for it.
+    model._get_fsdp_state()._lazy_init()
     return model
 
 

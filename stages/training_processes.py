@@ -88,6 +88,8 @@ def run_processes(body: Body, processes: int, cpus: float, shared: Path, progres
         watcher.start()
         try:
             launch(_Task(body, processes, folder), cpus)
+        except ComputationError:
+            raise
         except Exception as error:
             raise ComputationError(_first_error(folder) or f"a training process ended: {error}") from error
         finally:
@@ -127,13 +129,22 @@ def _run_local(index: int, task: _Task, threads: int, accelerated: bool) -> None
 
 def _run_on_ray(task: _Task, cpus: float) -> None:
     import ray
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+
+    try:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+    except ImportError as error:
+        raise ComputationError(
+            "training on several processes of a Ray cluster needs Ray Train: run `pip install pandas` on its hosts "
+            f"({error})"
+        ) from error
 
     total = ray.cluster_resources()
     accelerated = total.get("GPU", 0) > 0
     if accelerated and total["GPU"] < task.processes:
-        raise ComputationError(f"{task.processes} training processes on {total['GPU']:g} accelerators: lower them")
+        raise ComputationError(
+            f"{task.processes} training processes on {total['GPU']:g} accelerators: lower `processes`"
+        )
     # Some of the cores are this job's own; what is asked for beyond what there is would be waited for without an end.
     share = math.floor(10 * (total["CPU"] - 2 * LAUNCHER_CPUS) / task.processes) / 10
     trainer = TorchTrainer(

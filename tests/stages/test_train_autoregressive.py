@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaModel
 
 from models.autoregressive import load_autoregressive
@@ -67,6 +69,40 @@ def test_seed_changes_the_result_and_checkpoints_do_not(trunk: str, tmp_path: Pa
     a, b, c = (read_files(tmp_path / name)["model.safetensors"] for name in "abc")
     assert a == b != c
     assert "checkpoint_steps" not in make_config(trunk).recipe()
+
+
+def test_how_it_is_computed_does_not_change_the_result(trunk: str, tmp_path: Path) -> None:
+    table = write_rows(tmp_path, make_rows())
+    ways = {"plain": {}, "recomputed": {"gradient_checkpointing": True}, "loaded": {"loader_workers": 2}}
+    for name, changes in ways.items():
+        train(make_config(trunk, micro_batches=2, steps=4, **changes), table, tmp_path / name)
+        assert not make_config(trunk, **changes).recipe().keys() & changes.keys()
+    for name in ways:
+        assert read_files(tmp_path / name) == read_files(tmp_path / "plain")
+
+
+def test_half_precision_is_near_and_kept_in_float32(trunk: str, tmp_path: Path) -> None:
+    table = write_rows(tmp_path, make_rows())
+    whole = train(make_config(trunk), table, tmp_path / "whole")
+    half = train(make_config(trunk, precision="bfloat16"), table, tmp_path / "half")
+    assert half["nll"] != whole["nll"]
+    assert half["nll"] == pytest.approx(whole["nll"], abs=0.05)
+    weights = load_file(tmp_path / "half" / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_numbers_of_each_step_are_logged_beside_the_results(trunk: str, tmp_path: Path) -> None:
+    config = make_config(trunk, steps=3, log_dir=tmp_path / "logs")
+    train(config, write_rows(tmp_path, make_rows()), tmp_path)
+    events = EventAccumulator(str(tmp_path / "logs" / "scratch"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss", "nll", "l1", "l2", "learning_rate", "new_learning_rate", "gradient_norm", "wait_share",
+        "positions_per_s",
+    }  # fmt: skip
+    rates = [event.value for event in events.Scalars("learning_rate")]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
+    assert all(0 <= event.value <= 1 for event in events.Scalars("wait_share"))
 
 
 def test_words_stay_frozen_and_the_model_loads(trunk: str, tmp_path: Path) -> None:

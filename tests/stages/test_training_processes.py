@@ -71,13 +71,9 @@ def test_processes_of_this_machine_form_a_group(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [(MissingInputError("no film: get one"), "^no film: get one$"), (KeyError("x"), "^KeyError: 'x'$")],
-)
-def test_an_error_of_any_process_is_told_as_it_is(tmp_path: Path, error: Exception, text: str) -> None:
-    with pytest.raises(ComputationError, match=text):
-        run_processes(partial(fail_in_the_second, error), 2, 1, tmp_path, no_progress)
+def test_an_error_of_any_process_is_told_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ComputationError, match="^no film: get one$"):
+        run_processes(partial(fail_in_the_second, MissingInputError("no film: get one")), 2, 1, tmp_path, no_progress)
 
 
 def die(progress: Progress) -> dict[str, Any]:
@@ -106,11 +102,12 @@ def test_steps_that_processes_cannot_share(trunk: str, settings: dict[str, int],
 
 @pytest.mark.slow
 def test_ray_train_equals_one_process(trunk: str, tmp_path: Path) -> None:
+    pytest.importorskip("pandas")  # which Ray Train needs
     table = write_rows(tmp_path, make_rows())
     train(make_config(trunk, micro_batches=2), table, tmp_path / "one")
     store = ObjectStore(str(tmp_path / "objects"), tmp_path / "cache")
     files = (store.put(table, "tokens.parquet"),)
-    tokens = Artifact("tokens-x", "tokens", "set", "f", content_digest(files), {}, files)
+    tokens = Artifact("tokens-x", "tokens", "set", "f", content_digest(files), {}, files, ())
     config = make_config(trunk, micro_batches=2, processes=2)
     work = Work(SPEC, config, "set", {"tokens": [tokens]}, {})
     executor = RayExecutor(WorkerSettings(str(tmp_path / "objects"), tmp_path / "scratch", None), None, 2)
