@@ -1,9 +1,12 @@
 """Models of transformers and diffusers from a local folder, and the device on which adapters run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from models.weights import WeightsError
 
@@ -24,13 +27,31 @@ def load_pretrained(what: str, folder: Path, device: str, family: Any, *parts: A
         parts: Classes of the others.
 
     Raises:
-        WeightsError: The folder lacks one of them.
+        WeightsError: The folder lacks one of them, or some of the model's weights.
     """
     try:
-        model = family.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        return [model.eval().to(device), *(part.from_pretrained(folder, local_files_only=True) for part in parts)]
+        with _without_reports():
+            model, found = family.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+            others = [part.from_pretrained(folder, local_files_only=True) for part in parts]
     except (OSError, ValueError) as error:
         raise WeightsError(f"no {what} at {folder}: {str(error).strip().splitlines()[0]}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise WeightsError(f"the {what} at {folder} lacks {len(missing)} weights, such as {missing[0]}: get it again")
+    return [model.eval().to(device), *others]
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """No word on weights that a folder holds beside those of the model: CLIP's texts where its eyes are wanted."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # a bar for each load would tear the stage's own
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_diffusers(what: str, folder: Path, family: Any) -> Any:
