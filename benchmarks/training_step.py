@@ -97,7 +97,7 @@ def make_story_step(call: argparse.Namespace, batch: SequenceBatch) -> tuple[Cal
     model = AutoregressiveModel(config, trunk, make_tokenizer()).to(call.device).train()
     model.precision = call.precision
     if call.checkpointing:
-        model.trunk.gradient_checkpointing_enable()
+        model.trunk.activation_checkpointing_enable()
     run = TrainingRun(model.new_parameters(), model.trunk_parameters(), seed=0)
     batch = batch.to(call.device)
 
@@ -115,7 +115,7 @@ def make_peer_step(call: argparse.Namespace, batch: SequenceBatch) -> Callable[[
     model = LlamaForCausalLM(LlamaConfig(**fields, attn_implementation="sdpa")).to(call.device).train()
     model.model.embed_tokens.requires_grad_(False)  # as with us
     if call.checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     run = TrainingRun({name: p for name, p in model.named_parameters() if p.requires_grad}, seed=0)
     words = torch.randint(0, WORDS, batch.kinds.shape, device=call.device)
 

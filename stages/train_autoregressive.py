@@ -204,7 +204,7 @@ class TrainAutoregressive:
         )
         model.precision = self._config.precision
         if self._config.gradient_checkpointing:
-            model.trunk.gradient_checkpointing_enable()
+            model.trunk.activation_checkpointing_enable()
         return model
 
     def _build_model(self, keyframes: "TokenTable", with_weights: bool = True) -> "AutoregressiveModel":

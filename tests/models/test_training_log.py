@@ -52,9 +52,10 @@ def test_mlflow_gets_settings_and_numbers_and_goes_on_in_the_same_run(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # W&B's own
 def test_wandb_gets_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     with open_log(tmp_path / "a-run", "wandb", {"steps": 8}, 0) as write:
         write(1, {"loss": 10.0})
+    wandb.teardown()  # its service writes the last of it when it ends
     (stored,) = (tmp_path / "a-run" / "wandb").glob("offline-run-*/run-a-run.wandb")
     assert b"loss" in stored.read_bytes()
