@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import pyarrow.parquet as pq
 
 from flows.workspace import Workspace
 from models import weights
@@ -144,6 +145,8 @@ def test_a_film_goes_the_whole_way_with_the_papers_models(tmp_path):
     numbers = {n["name"]: n for n in json.loads(workspace.store.path(evaluation.file("evaluation.json")).read_text())}
     for name in ("CLIP score", "CLIP-sim", "aesthetic score", "FID"):
         assert numbers[name]["value"] is not None, numbers[name]["computed_with"]
+    kept = workspace.catalog.current("pictures", "retold").file("pictures.parquet")
+    pictures = pq.read_metadata(workspace.store.path(kept)).num_rows
     workspace.catalog.close()
     with av.open(str(tmp_path / "movie.mp4")) as movie:
-        assert sum(1 for _ in movie.decode(video=0)) == 96  # four keyframes of a second, at 24 frames a second
+        assert sum(1 for _ in movie.decode(video=0)) == 24 * pictures  # a second of each
