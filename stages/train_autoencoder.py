@@ -275,7 +275,7 @@ class TrainAutoencoder:
             return loss[None]
 
         rate = schedule_learning_rate(phase.learning_rate, run.step, phase.steps, phase.schedule, phase.warmup_steps)
-        (loss,), numbers = train_step(run, config, batches, losses_of, (rate,))
+        (loss,), numbers = train_step(run, config, batches, losses_of, {"learning_rate": rate})
         return loss, numbers
 
     def _open_table(

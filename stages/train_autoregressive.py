@@ -9,20 +9,23 @@ Source: the paper, section 3.3, equations 2 to 8, and appendix A "Autoregressive
 """
 
 import json
-import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from models import weights
 from stages.errors import ComputationError, MissingInputError
-from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
+from stages.spec import Inputs, Progress, StageSpec, neutral
+from stages.trainer import TrainerConfig, describe_progress, open_training_log, train_in_processes, train_step
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
     from models.autoregressive import AutoregressiveModel
     from models.sequence import SequenceBatch
     from models.token_table import TokenTable
@@ -32,7 +35,7 @@ HISTORY_POINTS = 200
 LOSS_NAMES = ("loss", "nll", "l1", "l2")
 
 
-class TrainAutoregressiveConfig(StageConfig):
+class TrainAutoregressiveConfig(TrainerConfig):
     """Settings of the train_autoregressive stage."""
 
     trunk: str = Field(
@@ -42,18 +45,11 @@ class TrainAutoregressiveConfig(StageConfig):
     layers: int | None = Field(None, ge=1, description="first layers of the language model to use; null for all")
     window_frames: int = Field(128, ge=1, description="consecutive keyframes in a training sequence")
     batch_windows: int = Field(1, ge=1, description="sequences in a step")
-    micro_batches: int = Field(
-        1, ge=1, description="equal parts in which a step's sequences are computed, one after the other or by several "
-        "processes; more take less memory"
-    )  # fmt: skip
     steps: int = Field(100_000, ge=1, description="training steps")
     learning_rate: float = Field(2e-5, gt=0, description="of the pretrained layers, constant after the warm-up")
     new_learning_rate: float = Field(2e-5, gt=0, description="of the projections, frame marks and mixture head")
     warmup_steps: int = Field(2000, ge=0, description="steps in which the learning rate rises from 0")
     weight_decay: float = Field(0.01, ge=0, description="of AdamW")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the language model's matrix products; weights and losses stay float32"
-    )
     components: int = Field(16, ge=1, description="components of the mixture (k)")
     scale_floor: float = Field(1e-6, gt=0, description="smallest standard deviation, in standardized token units")
     input_dropout: float = Field(0.5, ge=0, lt=1, description="on projected sentences, faces and frame tokens")
@@ -79,35 +75,11 @@ class TrainAutoregressiveConfig(StageConfig):
     evaluation_steps: int = Field(1000, ge=1, description="steps between points of the held-out curve")
     checkpoint_steps: int = neutral(1000, "steps between checkpoints", ge=1)
     seed: int = Field(0, ge=0, description="of everything random")
-    processes: int = neutral(
-        1, "processes that train together, each on an accelerator of its own where there are any; results are equal up "
-        "to rounding. Those on several hosts need scratch and weights on a file system that the hosts share", ge=1
-    )  # fmt: skip
-    gradient_checkpointing: bool = neutral(False, "compute activations twice in place of keeping them: less memory")
-    loader_workers: int = neutral(2, "processes that draw sequences ahead of training; 0 for none", ge=0)
-    log_dir: Path | None = neutral(None, "folder of TensorBoard's logs; none: `logs` in the workspace's scratch folder")
-    tracker: Literal["none", "mlflow", "wandb"] = neutral(
-        "none", "where numbers of the run go beside; addresses and keys come from the tracker's environment variables"
-    )
 
     @model_validator(mode="after")
-    def _divides_evenly(self) -> "TrainAutoregressiveConfig":
-        """A step is the mean over micro-batches of one size, which processes share evenly."""
-        if self.batch_windows % self.micro_batches:
-            raise ValueError(
-                f"batch_windows {self.batch_windows} cannot be cut into {self.micro_batches} equal micro_batches: "
-                "choose a multiple of micro_batches"
-            )
-        if self.micro_batches % self.processes:
-            raise ValueError(
-                f"{self.processes} processes cannot share {self.micro_batches} micro_batches evenly: raise "
-                "batch_windows and micro_batches to a multiple of processes"
-            )
+    def _check_batch(self) -> "TrainAutoregressiveConfig":
+        self.check_parts("batch_windows", self.batch_windows)
         return self
-
-    def starts_processes(self) -> bool:
-        """Training processes are started by the job and ask for cores and accelerators themselves."""
-        return self.processes > 1
 
     def weights(self) -> tuple[str, ...]:
         """The language model."""
@@ -152,20 +124,14 @@ class TrainAutoregressive:
             TrackerError: The tracker is not installed.
         """
         from models.token_table import TokenTable
-        from models.training_log import load_tracker
 
         if not inputs.get("tokens"):
             raise MissingInputError("there are no tokens: run the tokenize stage first")
         keyframes = TokenTable(inputs["tokens"][0])
         if not keyframes.runs("train"):
             raise ComputationError("no keyframe is for training: lower shards.heldout_share or ingest more films")
-        load_tracker(self._config.tracker)
         body = partial(self._run, keyframes, out, scratch)
-        if self._config.processes == 1:
-            return body(progress)
-        from stages.training_processes import run_processes
-
-        return run_processes(body, self._config.processes, SPEC.cpus, scratch, progress)
+        return train_in_processes(self._config, SPEC.cpus, body, scratch, progress)
 
     def _run(self, keyframes: "TokenTable", out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
         """Everything, in each process that trains; the first one writes the results."""
@@ -244,59 +210,45 @@ class TrainAutoregressive:
         batches = load_windows(
             windows, range(run.step, config.steps), config.micro_batches, config.loader_workers, _device_of(model)
         )
-        with self._open_log(scratch, run.step) as write:
+        with open_training_log(config, scratch, run.step) as write:
             while run.step < config.steps:
-                numbers = self._train_step(model, run, batches)
-                write(run.step, numbers)
-                run.history.append({"phase": "train", "step": run.step} | {name: numbers[name] for name in LOSS_NAMES})
+                losses, numbers = self._train_step(model, run, batches)
+                write(run.step, losses | numbers)
+                run.history.append({"phase": "train", "step": run.step} | losses)
                 if run.step % config.evaluation_steps == 0 or run.step == config.steps:
                     run.history.append({"phase": "heldout", "step": run.step, "loss": heldout.nll(model)})
                 if run.step % config.checkpoint_steps == 0 and run.step < config.steps:
                     run.save(scratch / "checkpoints")
-                progress(run.step, config.steps, _describe_progress(run.history, numbers))
+                latest = [point["loss"] for point in run.history[-40:] if point["phase"] == "train"]
+                progress(run.step, config.steps, describe_progress(latest, numbers))
         return _thin_out(run.history)
-
-    def _open_log(self, scratch: Path, step: int) -> Any:
-        """Where the numbers of each step go: a log in the first process, nowhere in the others."""
-        from models.training_log import open_log
-
-        folder = (self._config.log_dir or scratch.parent / "logs") / scratch.name
-        return open_log(folder, self._config.tracker, self._config.model_dump(mode="json"), step)
 
     def _train_step(
         self, model: "AutoregressiveModel", run: "TrainingRun", batches: "Iterator[tuple[int, SequenceBatch]]"
-    ) -> dict[str, float]:
-        """One step; its losses, and how fast it was. All that is random in it follows from the seed and the step."""
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One step; its losses and its other numbers. All that is random in it follows from the seed and the step."""
         import torch
 
-        from models.processes import process_count, sum_over_processes
         from models.training import schedule_learning_rate
 
-        config, started, waited, positions = self._config, time.perf_counter(), 0.0, 0
-        own = config.micro_batches // process_count()
-        sums = torch.zeros(4, device=model.token_mean.device)
-        model.train()
-        for part in range(own):
-            asked = time.perf_counter()
-            seed, batch = next(batches)
-            waited += time.perf_counter() - asked
+        config, positions = self._config, 0
+
+        def losses_of(drawn: "tuple[int, SequenceBatch]", place: int) -> "Tensor":
+            nonlocal positions
+            seed, batch = drawn
+            positions += batch.kinds.numel()
             torch.manual_seed(seed)
             losses = model.losses(batch.to(model.token_mean.device))
-            sums += torch.stack([losses.total, *losses]).detach()
-            run.add_gradients(losses.total, own, part == own - 1)
-            positions += batch.kinds.numel()
-        values = (sum_over_processes(sums) / config.micro_batches).tolist()
-        if not np.isfinite(values[0]):
-            raise ComputationError(f"the loss of step {run.step} is {values[0]}: lower the learning rates")
-        rates = [
-            schedule_learning_rate(peak, run.step, config.steps, "constant", config.warmup_steps)
-            for peak in (config.new_learning_rate, config.learning_rate)
-        ]
-        run.take_step(*rates)
-        speed = {"gradient_norm": run.gradient_norm.item(), "learning_rate": rates[1], "new_learning_rate": rates[0]}
-        seconds = time.perf_counter() - started
-        speed |= {"wait_share": waited / seconds, "positions_per_s": positions * process_count() / seconds}
-        return dict(zip(LOSS_NAMES, values, strict=True)) | speed
+            return torch.stack([losses.total, *losses])
+
+        rates = {
+            name: schedule_learning_rate(getattr(config, name), run.step, config.steps, "constant", config.warmup_steps)
+            for name in ("new_learning_rate", "learning_rate")
+        }
+        model.train()
+        losses, numbers = train_step(run, config, batches, losses_of, rates)
+        speed = {"positions_per_s": positions * config.processes / numbers["seconds"]}
+        return dict(zip(LOSS_NAMES, losses, strict=True)), numbers | speed
 
 
 def _make_windows(config: TrainAutoregressiveConfig, keyframes: "TokenTable", tokenizer: Any) -> Any:
@@ -308,12 +260,6 @@ def _make_windows(config: TrainAutoregressiveConfig, keyframes: "TokenTable", to
 
 def _device_of(model: "AutoregressiveModel") -> str:
     return model.token_mean.device.type
-
-
-def _describe_progress(history: list[dict[str, Any]], numbers: dict[str, float]) -> str:
-    latest = [point["loss"] for point in history[-40:] if point["phase"] == "train"][-20:]
-    waiting = f", waiting for data {numbers['wait_share']:.0%}" if numbers["wait_share"] > 0.02 else ""
-    return f"loss {np.mean(latest):.3f}{waiting}"
 
 
 def _thin_out(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -189,7 +189,7 @@ class TrainRenderer:
         rate = schedule_learning_rate(
             config.learning_rate, run.step, config.steps, config.schedule, config.warmup_steps
         )
-        (loss,), numbers = train_step(run, config, batches, losses_of, (rate,))
+        (loss,), numbers = train_step(run, config, batches, losses_of, {"learning_rate": rate})
         return loss, numbers
 
     def _measure(self, inputs: Inputs, views: "RendererViews", out: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def train_step(
     config: TrainerConfig,
     batches: Iterator[Any],
     losses_of: Callable[[Any, int], "Tensor"],
-    learning_rates: tuple[float, ...],
+    learning_rates: dict[str, float],
 ) -> tuple[list[float], dict[str, float]]:
     """One optimizer step over this process's micro-batches.
 
@@ -113,11 +113,11 @@ def train_step(
         batches: Micro-batches; as many are taken as fall to this process.
         losses_of: Gives a batch's losses as one tensor, the one to go down first. It is also given the micro-batch's
             place in the step, from which, with the step, all that is random has to follow.
-        learning_rates: One for each group of the run.
+        learning_rates: One for each group of the run, in their order; its name is what the log calls it.
 
     Returns:
         The losses, means over all processes, and the step's other numbers: norm of the gradients, share of the time
-        spent waiting for data, seconds.
+        spent waiting for data, seconds, learning rates.
 
     Raises:
         ComputationError: The loss is no longer a number.
@@ -138,10 +138,9 @@ def train_step(
     means = (sum_over_processes(sums) / config.micro_batches).tolist()
     if not torch.isfinite(torch.tensor(means[0])):
         raise ComputationError(f"the loss of step {run.step} is {means[0]}: lower the learning rates")
-    run.take_step(*learning_rates)
+    run.take_step(*learning_rates.values())
     norm, seconds = run.gradient_norm.item(), time.perf_counter() - started
-    rates = {f"learning_rate_{number}": rate for number, rate in enumerate(learning_rates)}
-    return means, {"gradient_norm": norm, "wait_share": waited / seconds, "seconds": seconds} | rates
+    return means, {"gradient_norm": norm, "wait_share": waited / seconds, "seconds": seconds} | learning_rates
 
 
 def generator_of(*place: int) -> "torch.Generator":

@@ -97,7 +97,7 @@ def test_numbers_of_each_step_are_logged_beside_the_results(trunk: str, tmp_path
     events = EventAccumulator(str(tmp_path / "logs" / "scratch"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
-        "loss", "nll", "l1", "l2", "learning_rate", "new_learning_rate", "gradient_norm", "wait_share",
+        "loss", "nll", "l1", "l2", "learning_rate", "new_learning_rate", "gradient_norm", "wait_share", "seconds",
         "positions_per_s",
     }  # fmt: skip
     rates = [event.value for event in events.Scalars("learning_rate")]
