@@ -7,7 +7,7 @@ dim = width of a token; channel, row, column of a latent; context = cross-attent
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -209,7 +209,7 @@ class Autoencoder(nn.Module):
         self, tokens: Float[Tensor, "batch token dim"], steps: int, seed: int, batch: int = 16
     ) -> Float[Tensor, "batch 3 height width"]:
         """RGB pictures in 0..1 of tokens, by `steps` DDIM steps; the same seed gives the same pictures."""
-        return sample_pictures(self, self.decoder, (tokens,), steps, seed, batch)
+        return torch.cat([made for _, made in sample_pictures(self, self.decoder, (tokens,), steps, seed, batch)])
 
 
 def sample_pictures(
@@ -219,11 +219,11 @@ def sample_pictures(
     steps: int,
     seed: int,
     batch: int,
-    report: Callable[[int], None] = lambda done: None,
     scheduler: str = "DDIMScheduler",
     precision: Precision = "float32",
-) -> Float[Tensor, "batch 3 height width"]:
-    """RGB pictures in 0..1.
+    done: Callable[[range], bool] = lambda places: False,
+) -> Iterator[tuple[range, Float[Tensor, "batch 3 height width"]]]:
+    """RGB pictures in 0..1, a batch at a time, on the CPU, each with its places.
 
     Args:
         model: Gives the schedule and the latents.
@@ -232,26 +232,30 @@ def sample_pictures(
         steps: Denoising steps.
         seed: Of all noise. That of a picture depends on the seed and its place only, whatever the batch.
         batch: Pictures at once.
-        report: Called with the count of finished pictures after each batch.
         scheduler: A class of diffusers.
         precision: Of the denoiser; steps between its answers are taken in float32 either way.
+        done: Whether the pictures of some places are there already, and not wanted again.
 
     Raises:
         SamplerError: The scheduler cannot sample from the model.
     """
-    noise = draw_noise(model, len(conditions[0]), seed).to(conditions[0])
-    pictures: list[Tensor] = []
-    for start, *parts in zip(noise.split(batch), *(c.split(batch) for c in conditions), strict=True):
+    count = len(conditions[0])
+    noise = draw_noise(model, count, seed)
+    for first in range(0, count, batch):
+        places = range(first, min(first + batch, count))
+        if done(places):
+            continue
+        parts = [condition[places.start : places.stop] for condition in conditions]
 
         def denoise(noisy: Tensor, timesteps: Tensor, parts: list[Tensor] = parts) -> Tensor:
             with autocast(noisy.device.type, precision):
                 return denoiser(noisy, timesteps, *parts)
 
-        done = sum(map(len, pictures))
-        seeds = [(seed * 1_000_003 + done + place + 1) % 2**63 for place in range(len(start))]
-        pictures.append(model.latents.decode(model.schedule.sample(denoise, start, steps, scheduler, seeds)))
-        report(done + len(start))
-    return torch.cat(pictures)
+        seeds = [(seed * 1_000_003 + place + 1) % 2**63 for place in places]
+        start = noise[places.start : places.stop].to(conditions[0])
+        with torch.no_grad():
+            latents = model.schedule.sample(denoise, start, steps, scheduler, seeds)
+            yield places, model.latents.decode(latents).cpu()
 
 
 def draw_noise(model: Autoencoder, count: int, seed: int) -> Float[Tensor, "batch channel row column"]:

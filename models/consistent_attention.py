@@ -22,7 +22,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.diffusers_pipelines import PictureFolder, Progress, Sampling, decode
+from models.diffusers_pipelines import Progress, Sampling, decode
+from models.picture_folder import PictureFolder
 from models.sdxl_pictures import sample_latents
 
 DRAWS = 500_000

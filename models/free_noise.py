@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models.diffusers_pipelines import (
-    PictureFolder,
     Progress,
     Sampling,
     decode,
@@ -25,6 +24,7 @@ from models.diffusers_pipelines import (
     loading,
     working_dtype,
 )
+from models.picture_folder import PictureFolder
 
 FPS = 8
 """Frames a second of AnimateDiff's videos."""

@@ -6,8 +6,9 @@ context = token + sentence + face.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from models.autoencoder import Autoencoder, sample_pictures
 from models.diffusion import add_token_noise
-from models.processes import Precision
 
 SAVED = ("autoencoder.decoder.", "align_text.", "align_faces.")
 
@@ -101,7 +101,6 @@ class Renderer(nn.Module):
             generator,
         )
 
-    @torch.no_grad()
     def decode(
         self,
         tokens: Float[Tensor, "batch token dim"],
@@ -110,15 +109,11 @@ class Renderer(nn.Module):
         steps: int,
         seed: int,
         batch: int = 16,
-        report: Callable[[int], None] = lambda done: None,
-        scheduler: str = "DDIMScheduler",
-        precision: Precision = "float32",
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """RGB pictures in 0..1; the same seed gives the same pictures. Further arguments as of `sample_pictures`."""
+        **sampling: Any,
+    ) -> Iterator[tuple[range, Float[Tensor, "batch 3 height width"]]]:
+        """RGB pictures in 0..1 a batch at a time; the same seed gives the same ones. See `sample_pictures`."""
         conditions = (tokens, sentences, faces)
-        return sample_pictures(
-            self.autoencoder, self, conditions, steps, seed, batch, report, scheduler=scheduler, precision=precision
-        )
+        return sample_pictures(self.autoencoder, self, conditions, steps, seed, batch, **sampling)
 
     def pad_sentences(self, rows: Sequence[Float[np.ndarray, "_ text"]]) -> Float[Tensor, "batch sentence text"]:
         """The first sentences of each picture, zero-padded to the number that the model takes."""

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from models.diffusers_pipelines import PictureFolder, Progress, Sampling, decode, load_pipeline, loading
+from models.diffusers_pipelines import Progress, Sampling, decode, load_pipeline, loading
+from models.picture_folder import PictureFolder
 
 StepEnd = Callable[[int, Tensor], Tensor]
 """Called after each step with its number and the latents; what it returns is gone on with."""

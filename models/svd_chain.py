@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from models.diffusers_pipelines import PictureFolder, Progress, Sampling, load_pipeline
+from models.diffusers_pipelines import Progress, Sampling, load_pipeline
 from models.latents import cover, read_picture
+from models.picture_folder import PictureFolder
 
 FPS = 7
 """Frames a second that the model is asked for; it was trained around it."""

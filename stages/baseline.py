@@ -24,7 +24,8 @@ from stages.spec import Inputs, Progress, StageConfig, StageSpec, no_progress
 
 if TYPE_CHECKING:
     from models.baseline_prompts import Prompt
-    from models.diffusers_pipelines import PictureFolder, Sampling
+    from models.diffusers_pipelines import Sampling
+    from models.picture_folder import PictureFolder
 
 Method = Literal["frame_by_frame", "consistent_attention", "svd_chain", "freenoise"]
 
@@ -157,7 +158,7 @@ class Baseline:
             MissingInputError: A first picture is to be given, and is not.
             WeightsError: Weights are absent, or a part of them.
         """
-        from models.diffusers_pipelines import PictureFolder
+        from models.picture_folder import PictureFolder
 
         method = self.config.method
         if method is None:
@@ -227,7 +228,7 @@ class Baseline:
             if not inputs.get("references"):
                 raise MissingInputError("baseline.first_picture is given, but no picture is: name one with --first")
             return inputs["references"][0].read_bytes(), []
-        from models.diffusers_pipelines import PictureFolder
+        from models.picture_folder import PictureFolder
         from models.sdxl_pictures import load_sdxl, paint_frame_by_frame
 
         pipeline = load_sdxl(self._locate(self.config.sdxl))

@@ -12,8 +12,7 @@ from stages.errors import MissingInputError, UsageError
 from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from models.picture_folder import PictureFolder
     from models.renderer import Renderer
 
 
@@ -32,6 +31,7 @@ class RenderConfig(StageConfig):
     batch_pictures: int = neutral(16, "pictures made at once", gt=0)
 
 
+ROW_GROUP = 16
 PICTURES_SCHEMA = pa.schema(
     [
         ("frame_index", pa.int64()),
@@ -71,14 +71,13 @@ class Render:
             UsageError: The scheduler cannot sample from the renderer.
         """
         from models.autoencoder import load_autoencoder
-        from models.latents import write_jpeg
+        from models.picture_folder import PictureFolder
         from models.pretrained import choose_device
         from models.renderer import load_renderer
 
         frames = _read_frames(inputs["dream"])
-        device = choose_device(None)
-        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir, device)
-        renderer = load_renderer(inputs["renderer"], autoencoder).to(device)
+        autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir, choose_device(None))
+        renderer = load_renderer(inputs["renderer"], autoencoder)
         architecture, sizes = autoencoder.architecture, renderer.sizes
         tokens = _shape(frames, "tokens", architecture.token_dim)
         sentences = _shape(frames, "sentence_embeddings", sizes["text_dim"])
@@ -87,26 +86,30 @@ class Render:
             if sizes["max_faces"]
             else [np.zeros((0, sizes["face_dim"]), np.float32)] * len(frames)
         )
-        pictures = self._decode(renderer, tokens, sentences, faces, device, progress)
+        pictures = PictureFolder(scratch, self.config.jpeg_quality)
+        self._paint(renderer, pictures, tokens, sentences, faces, progress)
         size = {"width_px": architecture.width_px, "height_px": architecture.height_px}
-        rows = [
-            {name: frame[name] for name in ("frame_index", "shot_index", "script")}
-            | {"jpeg": write_jpeg(picture, self.config.jpeg_quality)}
-            | size
-            for frame, picture in zip(frames, pictures, strict=True)
-        ]
-        pq.write_table(pa.Table.from_pylist(rows, schema=PICTURES_SCHEMA), out / "pictures.parquet")
-        return {"pictures": len(rows), **size}
+        with pq.ParquetWriter(out / "pictures.parquet", PICTURES_SCHEMA) as writer:
+            for start in range(0, len(frames), ROW_GROUP):
+                rows = [
+                    {name: frame[name] for name in ("frame_index", "shot_index", "script")}
+                    | {"jpeg": pictures.read(start + place)}
+                    | size
+                    for place, frame in enumerate(frames[start : start + ROW_GROUP])
+                ]
+                writer.write_table(pa.Table.from_pylist(rows, schema=PICTURES_SCHEMA))
+        return {"pictures": len(frames), **size}
 
-    def _decode(
+    def _paint(
         self,
         renderer: "Renderer",
+        pictures: "PictureFolder",
         tokens: list[np.ndarray],
         sentences: list[np.ndarray],
         faces: list[np.ndarray],
-        device: str,
         progress: Progress,
-    ) -> "Tensor":
+    ) -> None:
+        """Make the pictures that a killed run has not left behind."""
         import torch
 
         from models.samplers import SamplerError
@@ -114,16 +117,20 @@ class Render:
         conditions = (
             torch.from_numpy(np.stack(tokens)), renderer.pad_sentences(sentences), renderer.pad_faces(faces)
         )  # fmt: skip
+        batches = renderer.decode(
+            *(condition.to(renderer.autoencoder.device) for condition in conditions),
+            self.config.sampling_steps,
+            self.config.seed,
+            self.config.batch_pictures,
+            scheduler=self.config.scheduler,
+            precision=self.config.precision,
+            done=lambda places: all(place in pictures for place in places),
+        )
         try:
-            return renderer.decode(
-                *(condition.to(device) for condition in conditions),
-                self.config.sampling_steps,
-                self.config.seed,
-                self.config.batch_pictures,
-                lambda done: progress(done, len(tokens), "pictures"),
-                scheduler=self.config.scheduler,
-                precision=self.config.precision,
-            )
+            for places, made in batches:
+                for place, picture in zip(places, made, strict=True):
+                    pictures.keep(place, picture)
+                progress(places.stop, len(tokens), "pictures")
         except SamplerError as error:
             raise UsageError(f"render.scheduler: {error}") from error
 

@@ -209,7 +209,8 @@ class TrainRenderer:
         keys = [table.key(row) for row in rows]
         conditions = zip(*(views[VIEWS * row][1:] for row in rows), strict=True)
         stacked = [torch.stack(values).to(device) for values in conditions]
-        made = model.decode(*stacked, self.config.sampling_steps, self.config.seed).cpu()
+        batches = model.decode(*stacked, self.config.sampling_steps, self.config.seed)
+        made = torch.cat([pictures for _, pictures in batches])
         size = autoencoder.architecture
         keyframes = read_chosen(inputs["shards"], keys, size.height_px, size.width_px)
         training = set(table.split_rows("train"))

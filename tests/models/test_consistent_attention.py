@@ -14,7 +14,8 @@ from models.consistent_attention import (
     paint_consistently,
     plan_windows,
 )
-from models.diffusers_pipelines import PictureFolder, Sampling, decode
+from models.diffusers_pipelines import Sampling, decode
+from models.picture_folder import PictureFolder
 from models.sdxl_pictures import load_sdxl, sample_latents
 from tests.tiny_pipelines import write_sdxl_pipeline
 

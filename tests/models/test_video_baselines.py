@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models import free_noise, svd_chain
-from models.diffusers_pipelines import PictureFolder, Sampling
+from models.diffusers_pipelines import Sampling
 from models.latents import write_jpeg
+from models.picture_folder import PictureFolder
 from tests.tiny_pipelines import write_motion_adapter, write_sd15_pipeline, write_svd_pipeline
 
 SAMPLING = Sampling(steps=2, guidance=2.0, width_px=32, height_px=32, seed=3)

@@ -1,4 +1,5 @@
 import io
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,8 @@ def _write_dream(path: Path, frames: int = 3, tokens: int = 16) -> Path:
 def _render(models: dict[str, list[Path]], folder: Path, dream: Path, config: RenderConfig = CONFIG) -> list[dict]:
     calls: list[tuple[int, int]] = []
     progress = lambda done, total, message: calls.append((done, total))  # noqa: E731
-    summary = Render(config)({**models, "dream": [dream]}, folder, folder, progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        summary = Render(config)({**models, "dream": [dream]}, folder, Path(scratch), progress)
     table = pq.read_table(folder / "pictures.parquet")
     assert table.schema == PICTURES_SCHEMA
     assert summary["pictures"] == len(table)
@@ -121,3 +123,25 @@ def test_tokens_of_another_width_are_refused(models, tmp_path):
 def test_the_spec_names_the_class():
     assert SPEC.load() is Render
     assert RenderConfig().weights() == ()
+
+
+class StopRenderingError(Exception):
+    """Stands for a kill."""
+
+
+def test_a_killed_run_goes_on_with_the_pictures_that_are_missing(models, tmp_path):
+    dream = _write_dream(tmp_path / "dream.parquet", frames=5)
+    whole = _render(models, tmp_path, dream)
+    told = []
+
+    def stop(done, total, message):
+        told.append(done)
+        if len(told) == 1:
+            raise StopRenderingError
+
+    job, inputs = Render(CONFIG), {**models, "dream": [dream]}
+    with pytest.raises(StopRenderingError):
+        job(inputs, tmp_path, tmp_path / "scratch", stop)
+    job(inputs, tmp_path, tmp_path / "scratch", stop)
+    assert told == [2, 4, 5]  # the first batch once
+    assert pq.read_table(tmp_path / "pictures.parquet").to_pylist() == whole
