@@ -36,3 +36,14 @@ def backend(request, tmp_path):
     place = request.getfixturevalue("postgres").new_database()
     request.getfixturevalue("s3")
     return f"postgresql+psycopg:{place}", f"s3://films/{place.rpartition('/')[2]}/a prefix"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that their operations wait for each other's threads most of the time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

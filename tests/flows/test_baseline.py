@@ -9,7 +9,6 @@ from pathlib import Path
 
 import av
 import pytest
-import torch
 from PIL import Image
 
 from flows.cli import _stages_of
@@ -23,19 +22,12 @@ from tests.flows.ingested import commit, computing_pipeline, profile_with
 from tests.flows.test_cli import call
 from tests.tiny_pipelines import write_sdxl_pipeline, write_svd_pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STORY = {
     "characters": [{"identity": "Anna", "description": ["a girl in red"]}],
     "frames": [{"characters": [{"identity": "Anna"}], "plot": [plot]} for plot in ("she runs", "she sleeps")],
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations so small wait for each other's threads most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

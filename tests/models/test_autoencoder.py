@@ -23,6 +23,8 @@ from models.sdxl_decoder import SdxlDecoder, load_unet
 from models.small_decoder import Draft, SmallDecoder
 from tests.tiny_checkpoints import save_sdxl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPACE = FeatureSpace(
     image_encoder="dinov2_small",
     encoder_height_px=28,

@@ -23,6 +23,8 @@ from models.language_model import build_language_model
 from models.script import Character, FrameScript
 from models.sequence import Frame, build_sequence
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRUNK = {
     "vocab_size": 20, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,

@@ -9,6 +9,8 @@ from models.clip_chain import Frame, chain_clips, compare, sample_frames
 from models.video_diffusion import ClipSettings, VideoDiffusion
 from tests.tiny_checkpoints import save_svd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = ClipSettings(frames=3, height_px=64, width_px=64, steps=1, decode_frames=3)
 KEYFRAME = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
 

@@ -19,17 +19,10 @@ from models.picture_folder import PictureFolder
 from models.sdxl_pictures import load_sdxl, sample_latents
 from tests.tiny_pipelines import write_sdxl_pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLING = Sampling(steps=2, guidance=3.0, width_px=32, height_px=32, seed=0)
 PROMPTS = ["a red dog", "the sea", "night"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations so small wait for each other's threads most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

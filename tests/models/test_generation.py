@@ -15,6 +15,8 @@ from models.sequence import Frame, Kind, build_sequence
 from tests.models.test_autoregressive import CONFIG, log_likelihood, make_frames, make_model
 from tests.models.test_window_cache import Context, slow_trunk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = Sampling(window_frames=4, overlap_frames=2)
 SLIDING = replace(SHORT, window="slide")
 

@@ -14,6 +14,8 @@ from models.sam2 import Sam2
 from models.weights import WeightsError
 from tests.tiny_checkpoints import save_farl, save_grounding_dino, save_insightface, save_sam2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def noise(height: int = 90, width: int = 160, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)

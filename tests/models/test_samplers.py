@@ -5,6 +5,8 @@ from diffusers import DDIMScheduler
 from models.diffusion import NoiseSchedule
 from models.samplers import SamplerError, fitting_schedulers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MEAN, STD = 0.7, 0.5  # of the data, which is Gaussian: what a perfect model predicts is known in closed form
 PREDICTIONS = ("epsilon", "v_prediction")
 EVERY = [(p, name) for p in PREDICTIONS for name in fitting_schedulers(NoiseSchedule(1000, p).training)]

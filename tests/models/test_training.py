@@ -15,6 +15,8 @@ from models.processes import autocast, gather_weights, place_model, process_inde
 from models.sharded_checkpoint import newest_checkpoint
 from models.training import TrainingRun, schedule_learning_rate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 4
 PARTS = 2
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,16 +17,9 @@ from models.latents import write_jpeg
 from models.picture_folder import PictureFolder
 from tests.tiny_pipelines import write_motion_adapter, write_sd15_pipeline, write_svd_pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SAMPLING = Sampling(steps=2, guidance=2.0, width_px=32, height_px=32, seed=3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations so small wait for each other's threads most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def read(pictures: PictureFolder, count: int) -> list[bytes]:

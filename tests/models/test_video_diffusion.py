@@ -10,6 +10,8 @@ from models.video_diffusion import ClipSettings, VideoDiffusion
 from models.weights import WeightsError
 from tests.tiny_checkpoints import save_svd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = ClipSettings(frames=4, height_px=64, width_px=128, steps=2, decode_frames=2)
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 72, 3), dtype=np.uint8)
 OTHER = np.random.default_rng(1).integers(0, 256, (40, 72, 3), dtype=np.uint8)

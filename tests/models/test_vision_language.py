@@ -13,6 +13,8 @@ from models.chat_captioner import encode_jpeg
 from models.vision_language import LocalChatModel
 from tests.tiny_checkpoints import save_deepseek_vl, save_deepseek_vl_hybrid, save_llama, save_qwen3_vl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEVELS = range(4)
 
 

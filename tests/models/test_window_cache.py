@@ -12,6 +12,8 @@ from models.language_model import build_language_model
 from models.window_cache import EMPTY, Places, Window, WindowCache, join_places
 from tests.models.test_autoregressive import TRUNK
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Context = list[tuple[int, int]]
 """What an entry attends to: pairs of entry and position."""
 

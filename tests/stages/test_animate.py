@@ -21,6 +21,8 @@ from stages.errors import ComputationError, MissingInputError
 from stages.spec import no_progress
 from tests.tiny_checkpoints import save_svd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def draw_picture(seed: int, shift: int = 0, width: int = 64, height: int = 48) -> np.ndarray:
     noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 4, 3), dtype=np.uint8)

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from pydantic import ValidationError
 
@@ -22,6 +21,8 @@ from tests.tiny_pipelines import (
     write_svd_pipeline,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STORY = {
     "characters": [{"identity": "Anna", "description": ["a tall girl in red"]}],
     "frames": [
@@ -36,15 +37,6 @@ WRITERS = {
     "stable_diffusion": write_sd15_pipeline,
     "motion_adapter": write_motion_adapter,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Operations so small wait for each other's threads most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from stages.errors import MissingInputError, StoryError
 from stages.spec import Inputs, no_progress
 from tests.stages.test_train_renderer import write_autoencoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRUNK = {
     "vocab_size": 8, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,

@@ -17,6 +17,8 @@ from stages.spec import no_progress
 from tests.stages.tiny_shards import SMALL, write_features, write_shard
 from tests.tiny_checkpoints import save_clip, save_sdxl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:

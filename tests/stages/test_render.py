@@ -15,6 +15,8 @@ from stages.errors import MissingInputError, UsageError
 from stages.render import PICTURES_SCHEMA, SPEC, Render, RenderConfig
 from tests.stages.test_train_renderer import write_autoencoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = RenderConfig(sampling_steps=2, batch_pictures=2)
 
 

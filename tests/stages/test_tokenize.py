@@ -21,6 +21,8 @@ from stages.spec import no_progress
 from stages.tokenize import SPEC, Tokenize, TokenizeConfig
 from tests.stages.tiny_shards import write_features
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # webdataset leaves it to the garbage collector to close the tars that it reads.
 
 SIZES = SimpleNamespace(

@@ -14,6 +14,8 @@ from stages.train_autoencoder import SPEC, PhaseConfig, TrainAutoencoder, TrainA
 from tests.stages.tiny_shards import write_features, write_shard
 from tests.tiny_checkpoints import save_clip, save_sdxl
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PHASE = {"steps": 4, "compressor_steps": 1, "batch_size": 4, "learning_rate": 1e-3, "schedule": "cosine"}
 TINY = {
     "image_phase": {"data": "crops", **PHASE},

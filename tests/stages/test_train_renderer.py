@@ -16,6 +16,8 @@ from stages.train_renderer import SPEC, TrainRenderer, TrainRendererConfig
 from tests.stages.test_train_autoencoder import TINY, StopTrainingError
 from tests.stages.tiny_shards import SMALL, write_features, write_shard
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = {
     "steps": 4,
     "batch_size": 3,
