@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ from models.processes import Precision
 Model = TypeVar("Model", bound=nn.Module)
 aten = torch.ops.aten
 
-MAX_KNOWN = 1 << 20
-"""Numbers of the largest tensor whose values are followed."""
+MAX_KNOWN = 1 << 23
+"""Bytes of the largest tensor whose values are followed."""
 FLOAT32, BFLOAT16 = 4, 2
 """Bytes of a number."""
 
@@ -67,6 +68,7 @@ class Footprint:
         flops: Floating-point operations of matrix products, convolutions and attention, a multiplication and an
             addition being two; None as above.
         outputs: Type and shape of each tensor that the run returns, such as `float32[1, 768]`.
+        state_bytes, gathered_bytes: Of a training step, what the functions of these names give for its model.
     """
 
     parameters: int
@@ -75,6 +77,8 @@ class Footprint:
     peak_bytes: int | None
     flops: int | None
     outputs: tuple[str, ...] = ()
+    state_bytes: int = 0
+    gathered_bytes: int = 0
 
     @property
     def working_bytes(self) -> int:
@@ -188,8 +192,9 @@ class FakeRun(Tracker):
         return tree_map_only(Tensor, self._value, arguments)
 
     def _remember(self, func: Any, args: Any, outputs: Any, real: Any) -> None:
-        if real is None and func._schema.is_mutable:
-            for tensor in tree_leaves(args):
+        if real is None:
+            written = [value for slot, value in zip(func._schema.arguments, args, strict=False) if slot.is_write]
+            for tensor in tree_leaves(written):
                 if isinstance(tensor, FakeTensor) and (known := self._known.get(tensor)) is not None:
                     storage = known.untyped_storage()
                     self._outdated[storage._cdata] = weakref.ref(storage)
@@ -200,7 +205,9 @@ class FakeRun(Tracker):
 
 
 def _is_small(outputs: Any) -> bool:
-    return all(leaf.numel() <= MAX_KNOWN for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
+    return all(
+        leaf.untyped_storage().nbytes() <= MAX_KNOWN for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)
+    )
 
 
 def _compute(func: Any, args: Any, kwargs: Any) -> Any:
@@ -215,6 +222,9 @@ def measure(build: Callable[[], Model], run: Callable[[Model], Any]) -> Footprin
         build: Gives the network, with all that is there before the run.
         run: What is measured; its tensors are the outputs.
 
+    Returns:
+        With the network's `states` and `gathered`, where it has them.
+
     Raises:
         DataDependentOutputException, DynamicOutputShapeException: The network asks for a value that follows from
             weights or random numbers.
@@ -222,14 +232,28 @@ def measure(build: Callable[[], Model], run: Callable[[Model], Any]) -> Footprin
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with warnings.catch_warnings(), fakes, FakeRun(fakes) as tracker:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copies of parameters
-        with no_init_weights():
+        with no_init_weights(), patch.object(nn.Module, "_apply", _convert):
             model = build()
         tracker.reset_peak()
         resident, before = tracker.live_bytes, tracker.flops
         outputs = run(model)
         described = tuple(_describe(leaf) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor))
         flops = tracker.flops - before
-        return Footprint(*count_parameters(model), resident, tracker.peak_bytes, flops, described)
+        kept = getattr(model, "states", 0), getattr(model, "gathered", 0)
+        return Footprint(*count_parameters(model), resident, tracker.peak_bytes, flops, described, *kept)
+
+
+def _convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` for fake parameters, which cannot change their type in place: new ones are made."""
+    for child in module.children() if recurse else ():
+        _convert(child, change)
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            changed = None if tensor is None else change(tensor.detach())
+            if changed is not None and (changed.dtype, changed.device) != (tensor.dtype, tensor.device):
+                trained = isinstance(tensor, nn.Parameter)
+                tensors[name] = nn.Parameter(changed, tensor.requires_grad) if trained else changed
+    return module
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
