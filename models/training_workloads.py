@@ -1,4 +1,4 @@
-"""Steps of training at the paper's size, the story model making a frame, the renderer a picture; see `models.workloads`.
+"""Steps of training at the paper's size, and the trained models at work: a frame, a picture; see `models.workloads`.
 
 A step is the trainers' own: the models' losses under autocast, gradients, and `TrainingRun`'s optimizer. What a process
 keeps all the time follows from counts (`models.footprint`), so that for memory it is enough to run a micro-batch whose
@@ -9,7 +9,6 @@ Dimensions: batch; position = place in a sequence; channel, row, column of a lat
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -34,7 +33,8 @@ from models.variational_latents import VariationalLatents
 from models.workloads import Workload
 
 FRAME = (
-    Kind.START_OF_FRAME, *[Kind.WORD] * 10, *[Kind.SENTENCE] * 15, *[Kind.FACE] * 2, Kind.END_OF_FRAME, *[Kind.TOKEN] * 2
+    Kind.START_OF_FRAME, *[Kind.WORD] * 10, *[Kind.SENTENCE] * 15, *[Kind.FACE] * 2, Kind.END_OF_FRAME,
+    *[Kind.TOKEN] * 2,
 )  # fmt: skip
 """A frame of 31 positions, so that 128 of them, and ten references of two tokens, fit LLaMA2's 4096 positions."""
 

@@ -1,8 +1,8 @@
 """The paper profile's networks at work: how each is built at its published size, and what one run of it is.
 
-Each is built by the class that the project loads it with, from `models.published_sizes`, with random weights, and run on
-inputs of the size that it gets in the profile. `models.footprint` measures runs on fake tensors; a benchmark times them
-on an accelerator. What trains, and the story model, stand in `models.training_workloads`.
+Each is built by the class that the project loads it with, from `models.published_sizes`, with random weights, and run
+on inputs of the size that it gets in the profile. `models.footprint` measures runs on fake tensors; a benchmark times
+them on an accelerator. What trains, and the story model, stand in `models.training_workloads`.
 
 Dimensions: batch; words = positions of a prompt; side, height, width in pixels.
 """
