@@ -189,9 +189,7 @@ def pull(names: tuple[str, ...], profile: str, source: Path | None, weights_dir:
 @cli.command()
 @click.option("--keyframes", type=click.IntRange(min=1), help="Tell how long stages take for as many.")
 @common
-def doctor(
-    profile: str, workspace: Path, settings: tuple[str, ...], as_json: bool, keyframes: int | None
-) -> None:
+def doctor(profile: str, workspace: Path, settings: tuple[str, ...], as_json: bool, keyframes: int | None) -> None:
     """What this machine has, what the profile needs, what is missing and how to get it.
 
     For stages with large networks also accelerator memory and arithmetic, and with --keyframes time: from rates that

@@ -94,11 +94,12 @@ class Need:
         parts = [
             f"{len(self.networks)} network{'s' * (len(self.networks) > 1)}, {self.parameters / 1e9:.2f}B parameters",
             f"{self.memory_bytes / 2**30:.1f} GiB of accelerator memory",
-            f"{self.flops / 1e12:.3g} TFLOP a {self.unit}",
+            f"{self.flops / 1e12:,.4g} TFLOP a {self.unit}",
         ]
         if self.hours is not None:
             bound = "" if self.measured else "at least "
-            parts.append(f"{bound}{self.hours:.3g} h for {self.units:,} {self.unit}s")
+            hours = f"{self.hours:,.0f}" if self.hours >= 10 else f"{self.hours:.2g}"
+            parts.append(f"{bound}{hours} h for {self.units:,} {self.unit}s")
         return ", ".join(parts)
 
 
@@ -194,10 +195,9 @@ def _measure_stage(
     if stage.training is None:
         memory = sum(size.parameter_bytes for size in networks.values()) + max(size.working_bytes for size in sizes)
     else:
-        parameters = max(size.parameters for size in sizes)
         memory = max(_training_memory(size, stage.training.processes) for size in sizes)
     unit = "keyframe" if stage.steps is None else "step"
-    return Need(stage.stage, names, parameters, memory, unit, sum(flops), units, hours, measured)
+    return Need(stage.stage, list(networks), parameters, memory, unit, sum(flops), units, hours, measured)
 
 
 def _training_memory(size: "Footprint", processes: int, share: float = 1.0) -> int:

@@ -138,3 +138,105 @@ PUBLISHED: Sizes = {
         },
     },
 }  # fmt: skip
+
+_TINY_CLIP = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16,
+    "hidden_act": "quick_gelu",
+}  # fmt: skip
+_TINY_CLIP_TEXT = _TINY_CLIP | {
+    "vocab_size": 99, "max_position_embeddings": 20, "bos_token_id": 97, "eos_token_id": 98, "pad_token_id": 0,
+}  # fmt: skip
+_TINY_LLAMA = {
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+_TINY_ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True, "rope_theta": 10000.0}
+
+TINY: Sizes = {
+    "clip_vit_l14": {
+        "vision": _TINY_CLIP | {"image_size": 28, "patch_size": 14}, "text": _TINY_CLIP_TEXT,
+        "joint": {"projection_dim": 16},
+    },
+    "longclip_l": {"text": _TINY_CLIP_TEXT | {"max_position_embeddings": 40}},
+    "grounding_dino": {
+        "backbone": {
+            "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4, "image_size": 64,
+            "out_indices": [2, 3, 4],
+        },
+        "text": {
+            "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 32,
+        },
+        "detector": {
+            "num_queries": 20, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 256,
+        },
+    },
+    "sam2": {
+        "backbone": {
+            "hidden_size": 16, "num_attention_heads": 1, "blocks_per_stage": [1, 1, 1, 1], "image_size": [64, 64],
+            "embed_dim_per_stage": [16, 32, 64, 128], "num_attention_heads_per_stage": [1, 2, 4, 8],
+            "window_size_per_stage": [4, 4, 4, 4], "global_attention_blocks": [],
+            "window_positional_embedding_background_size": [4, 4],
+        },
+        "vision": {
+            "backbone_channel_list": [128, 64, 32, 16], "fpn_hidden_size": 32,
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        },
+        "prompts": {"hidden_size": 32, "image_size": 64, "patch_size": 16, "mask_input_channels": 4},
+        "masks": {
+            "hidden_size": 32, "mlp_dim": 32, "num_attention_heads": 2, "num_hidden_layers": 1,
+            "iou_head_hidden_dim": 16,
+        },
+    },
+    "farl": {"vision": _TINY_CLIP | {"image_size": 32, "patch_size": 16}},
+    "deepseek_vl_7b": {
+        "text": _TINY_LLAMA | {"model_type": "llama"},
+        "vision": {
+            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 32, "patch_size": 16, "vision_use_head": False,
+        },
+        "fine_vision": {
+            "model_type": "sam_vision_model", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": 64, "patch_size": 16, "global_attn_indexes": [1], "mlp_dim": 32, "output_channels": 16,
+            "window_size": 2,
+        },
+        "chat": {"image_token_id": 98, "tie_word_embeddings": False},
+    },
+    "qwen3_vl_8b": {
+        "text": _TINY_LLAMA | {"head_dim": 8, "rope_parameters": _TINY_ROPE},
+        "vision": {
+            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "patch_size": 64,
+            "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [1],
+        },
+        "chat": {"image_token_id": 98, "tie_word_embeddings": False},
+    },
+    "llama2_7b": {"trunk": _TINY_LLAMA | {"num_key_value_heads": 4}},
+    "sdxl": {
+        "unet": {
+            "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32),
+            "layers_per_block": 1, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 24,
+            "attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2), "norm_num_groups": 8,
+            "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 68,
+        },
+        "vae": {
+            "block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+        },
+    },
+    "svd_xt": {
+        "unet": {
+            "sample_size": 8, "in_channels": 8, "out_channels": 4, "block_out_channels": (32, 32, 32, 32),
+            "layers_per_block": 1, "num_attention_heads": (1, 2, 2, 2), "cross_attention_dim": 16,
+            "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24, "num_frames": 3,
+        },
+        "vae": {
+            "block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "latent_channels": 4,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+        },
+        "image_encoder": _TINY_CLIP | {"image_size": 28, "patch_size": 14},
+    },
+}  # fmt: skip
+"""The same architectures with as little in them as goes: to try on real tensors what runs on the large ones."""

@@ -39,6 +39,10 @@ FRAME = (
 """A frame of 31 positions, so that 128 of them, and ten references of two tokens, fit LLaMA2's 4096 positions."""
 
 
+TOKEN_DIM = 256
+"""Width of a frame token, where settings give no other."""
+
+
 @dataclass(frozen=True)
 class StepSettings:
     """How a training step runs.
@@ -187,7 +191,7 @@ def autoencoder_step(
         return Training(parts, sharded_parts(parts.decoder), choose, loss, settings, average_decay)
 
     name = f"sdxl {'compressor' if decoder_frozen else 'decoder'} training {width}x{height}"
-    return Workload(name, "picture", settings.batch, build, _step, repr(settings))
+    return Workload(name, "picture", settings.batch, build, _step, repr(settings), "sdxl unet")
 
 
 def _context(renderer: Renderer, batch: int, device: str) -> list[Tensor]:
@@ -257,7 +261,7 @@ def _build_story_model(sizes: Sizes, device: str) -> AutoregressiveModel:
     text, face = sizes["longclip_l"]["text"]["projection_dim"], sizes["farl"]["vision"]["projection_dim"]
     with torch.device(device):
         trunk = build_language_model(sizes["llama2_7b"]["trunk"])
-        config = AutoregressiveConfig(sizes["llama2_7b"]["trunk"], 2, 256, text, face)
+        config = AutoregressiveConfig(sizes["llama2_7b"]["trunk"], 2, TOKEN_DIM, text, face)
         return AutoregressiveModel(config, trunk, Tokenizer(BPE()))
 
 
@@ -295,7 +299,8 @@ def story_step(settings: StepSettings, frames: int = 128, sizes: Sizes = PUBLISH
 
         return Training(model, model.trunk.layers, choose, loss, settings)
 
-    return Workload(f"llama2_7b training {frames} frames", "sequence", settings.batch, build, _step, repr(settings))
+    name = f"llama2_7b training {frames} frames"
+    return Workload(name, "sequence", settings.batch, build, _step, repr(settings), "llama2_7b")
 
 
 def story_frame(frames: int = 127, sizes: Sizes = PUBLISHED) -> Workload:
@@ -311,7 +316,10 @@ def story_frame(frames: int = 127, sizes: Sizes = PUBLISHED) -> Workload:
             cache.update(*(torch.randn(shape, device=context.kinds.device) for _ in range(2)), layer)
         return _read_on(model, cache)
 
-    return Workload("llama2_7b frame", "frame", 1, lambda device: _build_story_model(sizes, device).eval(), run)
+    def build(device: str) -> nn.Module:
+        return _build_story_model(sizes, device).eval().requires_grad_(False)
+
+    return Workload("llama2_7b frame", "frame", 1, build, run, network="llama2_7b")
 
 
 def _read_on(model: AutoregressiveModel, cache: DynamicCache) -> Tensor:
