@@ -262,14 +262,17 @@ def pull(names: tuple[str, ...], profile: str, source: Path | None, weights_dir:
 
 
 @cli.command()
-@click.option("--profile", "name", default="embedded", show_default=True)
-@workspace_option
-@json_option
-def doctor(name: str, workspace: Path, as_json: bool) -> None:
-    """What this machine has, what the profile needs, what is missing and how to get it."""
+@click.option("--keyframes", type=click.IntRange(min=1), help="Tell how long stages take for as many.")
+@common
+def doctor(profile: str, workspace: Path, settings: tuple[str, ...], as_json: bool, keyframes: int | None) -> None:
+    """What this machine has, what the profile needs, what is missing and how to get it.
+
+    For stages with large networks also accelerator memory and arithmetic, and with --keyframes time: from rates that
+    benchmarks/rates.py measured on this device, else a lower bound.
+    """
     from flows.doctor import examine
 
-    rows = examine(name, workspace)
+    rows = examine(profile, workspace, keyframes, settings, lambda line: click.echo(line, err=True))
     print_table(rows, as_json, ("check", "ok", "found", "remedy"))
     sys.exit(0 if all(row["ok"] for row in rows) else EXIT_FAILED)
 

@@ -1,13 +1,17 @@
 """What this machine has, what a profile needs, what is missing and how to get it."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flows.needs import CACHE_DIR, Footprints, examine_needs, measure_flops, read_rates, stage_loads
 from flows.profile import ExplainedProfile, Profile
 from flows.workspace import Workspace
 from models.weights import TABLE, missing_files
@@ -29,9 +33,25 @@ PACKAGES = (
 )
 
 
-def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
-    """One row a check: `check, ok, found, remedy`."""
-    settings = ExplainedProfile(profile).profile
+def examine(
+    profile: str,
+    workspace: Path,
+    keyframes: int | None = None,
+    overrides: tuple[str, ...] = (),
+    report: Callable[[str], None] = lambda line: None,
+    cache: Path = CACHE_DIR,
+) -> list[dict[str, Any]]:
+    """One row a check: `check, ok, found, remedy`, and for a stage with heavy networks the numbers of its `Need`.
+
+    Args:
+        profile: Its name or file.
+        workspace: Its folder.
+        keyframes: How many there are to work on; with it, times are told.
+        overrides: Settings in place of the profile's.
+        report: Called with a line before something that takes seconds.
+        cache: Folder of footprints and rates.
+    """
+    settings = ExplainedProfile(profile, overrides).profile
     rows = [
         _row("python", sys.version_info >= (3, 11), sys.version.split()[0], "install Python 3.11 or later"),
         _row("cores", True, str(len(os.sched_getaffinity(0))), ""),
@@ -50,7 +70,26 @@ def examine(profile: str, workspace: Path) -> list[dict[str, Any]]:
         rows.append(_row(f"weights {name}", not missing, f"{found} ({about})", remedy))
     server = os.environ.get("PREFECT_API_URL", "none: a temporary one is started for each run")
     rows.append(_row("prefect server", True, server.rpartition("@")[2], ""))
+    rows += _needs(settings, keyframes, report, cache)
     return rows
+
+
+def _needs(
+    settings: Profile, keyframes: int | None, report: Callable[[str], None], cache: Path
+) -> Iterator[dict[str, Any]]:
+    """A row for each stage with networks that are large enough to ask after."""
+    if not stage_loads(settings):
+        return
+    import torch
+
+    device, memory = "cpu", None
+    if torch.cuda.is_available():
+        device, memory = "cuda", torch.cuda.get_device_properties(0).total_memory
+    rates = read_rates(torch.cuda.get_device_name(0) if memory else "cpu", cache)
+    footprints = Footprints(cache / "footprints.json", report)
+    speed = functools.cache(lambda: measure_flops(device))
+    for need in examine_needs(settings, keyframes, memory, footprints, rates, speed):
+        yield _row(f"stage {need.stage}", not need.remedy, need.describe(), need.remedy) | {"needs": asdict(need)}
 
 
 def _optional_packages(settings: Profile) -> list[str]:
