@@ -53,17 +53,17 @@ def test_two_systems_stand_beside_each_other_without_any_trained_model(home, wor
         profile = profile_with(*settings(home), f"baseline.method={method}")
         plan = Pipeline(workspace, profile)
         walk(plan, request)
-        assert [(todo.stage, todo.subject) for todo in plan.todo] == [("baseline", f"my-story.{method}")]
+        assert [(todo.stage, todo.subject) for todo in plan.todo] == [("baseline", f"{method}.my-story")]
         walked = walk(computing_pipeline(workspace, profile), request)
         assert (walked.pipeline.failed, walked.movie is None) == ({}, False)
         again = Pipeline(workspace, profile)
         walk(again, request)
         assert (again.todo, again.fresh) == ([], 3)
     catalog = workspace.catalog
-    made = [catalog.current("pictures", f"my-story.{m}") for m in ("frame_by_frame", "consistent_attention")]
+    made = [catalog.current("pictures", f"{m}.my-story") for m in ("frame_by_frame", "consistent_attention")]
     assert made[0].digest != made[1].digest
     assert [stored.name for stored in made[0].files] == ["pictures.parquet", "prompts.json"]
-    numbers = evaluation_rows(workspace, "my-story.consistent_attention")
+    numbers = evaluation_rows(workspace, "consistent_attention")
     assert any(number["value"] is not None for number in numbers), "without films and models, pictures alone give any"
     assert catalog.get_ref(NEWEST_STORY) is None, "what `evaluate` and the report speak of is one's own"
 
@@ -74,7 +74,7 @@ def test_a_dream_of_the_same_story_tells_whose_faces_to_look_for(home, workspace
     walk(computing_pipeline(workspace, profile), request)
     story = workspace.catalog.current("story", "my-story")
     recipe = replace(Pipeline(workspace, profile).work(*_dream_of(story)).recipe)
-    commit(workspace, "dream", "my-story", recipe, [])
+    commit(workspace, "dream", "my-story", replace(recipe, inputs={"story": ["another's digest"]}), [])
     other, own = Pipeline(workspace, profile), Pipeline(workspace, profile)
     walk(other, request)
     commit(workspace, "dream", "my-story", replace(recipe, version=99), [story.id])
@@ -132,5 +132,5 @@ def test_the_command_makes_a_movie_and_prints_numbers(home):
     with av.open(str(home / "out" / "svd.mp4")) as movie:
         assert sum(1 for _ in movie.decode(video=0)) == 5  # two pictures of 0.1 s each, at 24 frames a second
     opened = Workspace.open(home / "workspace")
-    assert opened.catalog.current("pictures", "my-story.svd_chain").summary["method"] == "svd_chain"
+    assert opened.catalog.current("pictures", "svd_chain.my-story").summary["method"] == "svd_chain"
     opened.catalog.close()

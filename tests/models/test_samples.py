@@ -18,7 +18,7 @@ def npy(values):
 
 def test_members_are_decoded_by_name(tmp_path):
     path = tmp_path / "a {1..2} shard.tar"
-    with webdataset.TarWriter(str(path), mtime=0.0, encoder=False) as tar:
+    with path.open("wb") as stream, webdataset.TarWriter(stream, mtime=0.0, encoder=False) as tar:
         for index in range(3):
             faces = npy(np.full((index, 4), index, np.float32))
             facts = json.dumps({"frame_index": index}).encode()

@@ -72,7 +72,7 @@ def dump(array: np.ndarray) -> bytes:
 
 
 def write_shard(path: Path, jpegs: list[bytes], identities: np.ndarray | None = None) -> Path:
-    with webdataset.TarWriter(str(path), mtime=0.0) as tar:
+    with path.open("wb") as stream, webdataset.TarWriter(stream, mtime=0.0) as tar:
         for index, jpeg in enumerate(jpegs):
             known = identities is not None
             about = {
