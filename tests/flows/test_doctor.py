@@ -7,8 +7,9 @@ from click.testing import CliRunner
 from benchmarks import rates
 from flows import cli
 from flows.doctor import examine
-from flows.needs import Footprints, examine_needs, measure_flops, rates_path, read_rates, stage_loads
+from flows.needs import Footprints, examine_needs, measure_flops, rates_path, read_rates
 from flows.profile import ExplainedProfile
+from flows.stage_loads import stage_loads
 
 FACES = ("faces.models.conditioning=farl", "tokenize.text_encoder=longclip_l")
 STORY = (
@@ -96,7 +97,7 @@ def test_what_does_not_fit_names_settings_that_do(footprints):
 
 
 def test_what_fits_on_no_shared_batch_asks_for_a_larger_one(footprints):
-    single = tuple(s for s in STORY if "batch_windows" not in s) + ("train_autoregressive.batch_windows=1",)
+    single = (*(s for s in STORY if "batch_windows" not in s), "train_autoregressive.batch_windows=1")
     remedy = needs_of(footprints, *single, room=40 * GIB)["train_autoregressive"].remedy
     assert "at least 3 accelerators" in remedy or "at least 4 accelerators" in remedy
     assert "train_autoregressive.processes" in remedy

@@ -48,6 +48,17 @@ def test_a_training_step_of_a_linear_layer_by_hand():
     assert found.outputs == ("float32[]",)
 
 
+def test_attention_is_counted_forward_and_backward():
+    """Two products of all pairs of positions forward; backward one more to compute the weights anew, and four."""
+
+    def run(model):
+        rows = torch.randn(1, 2, 16, 8, requires_grad=True)
+        nn.functional.scaled_dot_product_attention(rows, rows, rows).sum().backward()
+
+    product = 2 * (2 * 16 * 16 * 8)
+    assert measure(lambda: nn.Linear(1, 1), run).flops == (2 + 5) * product
+
+
 @given(st.lists(st.one_of(st.integers(1, 1000), st.integers(-5, -1)), max_size=30))
 def test_a_trackers_peak_is_the_sum_counted_by_hand(moves):
     """A positive number makes a tensor of as many numbers, a negative one lets go of one of those that are there."""
