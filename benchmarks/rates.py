@@ -9,8 +9,8 @@ units a second stand what the device computed a second, its utilisation (the ari
 activations not counted, by what the device could do: `--peak-tflops`, known for some), and the most memory it held. A
 network that does not fit is told as such. NAME is the beginning of a workload's name.
 
-Rates go to ~/.cache/moviedreamer/rates, network by network, where `moviedreamer doctor --keyframes` finds them; those of
-tiny networks do not. The last line is one JSON object. No weights are needed.
+Rates go to ~/.cache/moviedreamer/rates, network by network, where `moviedreamer doctor --keyframes` finds them; those
+of tiny networks do not. The last line is one JSON object. No weights are needed.
 """
 
 import argparse
@@ -165,7 +165,8 @@ def print_row(row: dict[str, Any]) -> None:
     elif "resident_bytes" in row:
         text = (
             f"{row['parameters']:>13,} parameters  {row['resident_bytes'] / 2**30:6.2f} GiB before, "
-            f"{row['peak_bytes'] / 2**30:6.2f} GiB at most  {row['flops'] / 1e12:9.3f} TFLOP  {' '.join(row['outputs'])}"
+            f"{row['peak_bytes'] / 2**30:6.2f} GiB at most  {row['flops'] / 1e12:9.3f} TFLOP  "
+            f"{' '.join(row['outputs'])}"
         )
     else:
         used = "" if row["utilisation"] is None else f"  utilisation {row['utilisation']:.0%}"

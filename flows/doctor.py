@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flows.needs import CACHE_DIR, Footprints, examine_needs, measure_flops, read_rates, stage_loads
+from flows.needs import CACHE_DIR, Footprints, examine_needs, measure_flops, read_rates
 from flows.profile import ExplainedProfile, Profile
+from flows.stage_loads import stage_loads
 from flows.workspace import Workspace
 from models.weights import TABLE, missing_files
 from stages.errors import MoviedreamerError

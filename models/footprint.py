@@ -11,10 +11,10 @@ https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -232,7 +232,7 @@ def measure(build: Callable[[], Model], run: Callable[[Model], Any]) -> Footprin
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
     with warnings.catch_warnings(), fakes, FakeRun(fakes) as tracker:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by copies of parameters
-        with no_init_weights(), patch.object(nn.Module, "_apply", _convert):
+        with no_init_weights(), _replaced_conversion():
             model = build()
         tracker.reset_peak()
         resident, before = tracker.live_bytes, tracker.flops
@@ -241,6 +241,17 @@ def measure(build: Callable[[], Model], run: Callable[[Model], Any]) -> Footprin
         flops = tracker.flops - before
         kept = getattr(model, "states", 0), getattr(model, "gathered", 0)
         return Footprint(*count_parameters(model), resident, tracker.peak_bytes, flops, described, *kept)
+
+
+@contextmanager
+def _replaced_conversion() -> Iterator[None]:
+    """Let modules change types by `_convert`."""
+    own = nn.Module._apply
+    nn.Module._apply = _convert
+    try:
+        yield
+    finally:
+        nn.Module._apply = own
 
 
 def _convert(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
