@@ -146,9 +146,12 @@ def _animate(profile: Profile) -> Iterator[Load]:
     from models import workloads
 
     if "svd_xt" in profile.animate.weights():
-        yield Load(workloads.svd_image_encoder(), 1)
-        yield Load(workloads.svd_unet(), 25)
-        yield Load(workloads.svd_decode(), 25)
+        svd = profile.animate.svd
+        clips = svd.clips_in(profile.animate.seconds_per_keyframe)
+        size = {"height": svd.height_px, "width": svd.width_px}
+        yield Load(workloads.svd_image_encoder(), 1 + clips)  # the keyframe, and each clip's last frame
+        yield Load(workloads.svd_unet(frames=svd.frames, **size), clips * svd.steps)
+        yield Load(workloads.svd_decode(frames=min(svd.decode_frames, svd.frames), **size), clips * svd.frames)
 
 
 def _evaluate(profile: Profile) -> Iterator[Load]:
