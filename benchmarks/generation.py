@@ -30,8 +30,8 @@ from tokenizers.models import WordLevel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from models.generation import Prompt, Sampler, Sampling, halve_trunk
+from models.autoregressive import AutoregressiveConfig, AutoregressiveModel, halve_trunk
+from models.generation import Prompt, Sampler, Sampling
 from models.language_model import build_language_model
 from models.script import Character, FrameScript
 from models.sequence import Frame

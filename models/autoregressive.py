@@ -349,8 +349,13 @@ def save_autoregressive(model: AutoregressiveModel, folder: Path, weights: Mappi
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_autoregressive(path: Path, device: str = "cpu") -> AutoregressiveModel:
+def load_autoregressive(path: Path, device: str = "cpu", precision: Precision = "float32") -> AutoregressiveModel:
     """Load the model.safetensors that `save_autoregressive` wrote, in evaluation mode.
+
+    Args:
+        path: The file.
+        device: Where it goes.
+        precision: Of the trunk's weights; all else, the mixture head too, stays in float32.
 
     Raises:
         AutoregressiveError: The file holds no story model.
@@ -362,6 +367,22 @@ def load_autoregressive(path: Path, device: str = "cpu") -> AutoregressiveModel:
         raise AutoregressiveError(f"{path} holds no story model ({error!r}): run `moviedreamer train`") from None
     config = AutoregressiveConfig(**header["config"])
     tokenizer = Tokenizer.from_str(header["tokenizer"])
-    model = AutoregressiveModel(config, build_language_model(config.trunk), tokenizer)
-    model.load_state_dict(load_file(path))
+    with torch.device("meta"):  # no memory, and no time, for weights that are replaced at once
+        model = AutoregressiveModel(config, build_language_model(config.trunk), tokenizer)
+    # The frequencies of rotary positions are in no file.
+    model.trunk.rotary_emb = type(model.trunk.rotary_emb)(model.trunk.config)
+    model.load_state_dict(load_file(path), assign=True)
+    if precision == "bfloat16":
+        halve_trunk(model)
     return model.eval().to(device)
+
+
+def halve_trunk(model: AutoregressiveModel) -> AutoregressiveModel:
+    """Put the trunk's weights into bfloat16; all else stays in float32.
+
+    Weights alone: `.to(torch.bfloat16)` would round the frequencies of the rotary embedding as well, and far positions
+    would be off by whole turns.
+    """
+    for parameter in model.trunk.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model

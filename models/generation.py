@@ -145,17 +145,6 @@ def generate_many(
     return sampler.tokens()
 
 
-def halve_trunk(model: AutoregressiveModel) -> AutoregressiveModel:
-    """Put the trunk's weights into bfloat16; all else, the mixture head too, stays in float32.
-
-    Weights alone: `.to(torch.bfloat16)` would round the frequencies of the rotary embedding as well, and far positions
-    would be off by whole turns.
-    """
-    for parameter in model.trunk.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
 class Sampler:
     """Stories on the way: makes one more frame of each at a time."""
 

@@ -36,9 +36,15 @@ class Sampler:
 
     def __init__(self, training: DDPMScheduler, name: str, steps: int) -> None:
         family = _choose(training, name)
-        with _quiet():
-            self._scheduler: SchedulerMixin = family.from_config(training.config)
-            self._scheduler.set_timesteps(steps)
+        try:
+            with _quiet():
+                self._scheduler: SchedulerMixin = family.from_config(training.config)
+                self._scheduler.set_timesteps(steps)
+        except (ValueError, IndexError) as error:
+            most = training.config.num_train_timesteps
+            raise SamplerError(
+                f"{name} cannot take {steps} steps ({error}): choose another number, at most {most}"
+            ) from error
         self._draws = "generator" in inspect.signature(self._scheduler.step).parameters
         self.timesteps: Tensor = self._scheduler.timesteps
 

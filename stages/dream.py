@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from models.sequence import Frame
     from models.token_table import TokenTable
 
+MAX_PIXELS = 8192 * 4320
+
 
 class DreamConfig(StageConfig):
     """Settings of the dream stage."""
@@ -46,6 +48,9 @@ class DreamConfig(StageConfig):
     text_encoder: str = Field("minilm_l6", description="as in the tokenize stage")
     face_models: FaceChoice = Field(FaceChoice(), description="as `models` of the faces stage")
     min_face_score: float = Field(0.5, ge=0, le=1, description="score from which a character's picture shows a face")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the language model's weights; the mixture head stays float32"
+    )
     seed: int = Field(0, ge=0, description="of everything random")
 
     @model_validator(mode="after")
@@ -125,11 +130,11 @@ class Dream:
         from models.generation import Sampling, generate
 
         story = _read_story(next(path for path in inputs["story"] if path.suffix == ".json"))
+        references = self._encode_references(inputs)  # before the story model takes the memory
         model = self._load_model(inputs)
         table = self._load_table(inputs)
         frames = self._build_frames(story, model, table)
         history = self._continue_from(table, model)
-        references = self._encode_references(inputs)
         tokens = generate(
             model,
             frames,
@@ -151,13 +156,11 @@ class Dream:
 
     def _load_model(self, inputs: Inputs) -> "AutoregressiveModel":
         from models.autoregressive import load_autoregressive
-        from models.generation import halve_trunk
 
         path = next((path for path in inputs.get("autoregressive", []) if path.suffix == ".safetensors"), None)
         if path is None:
             raise MissingInputError("there is no trained story model: run `moviedreamer train` first")
-        model = load_autoregressive(path, self._device)
-        return model if self._device == "cpu" else halve_trunk(model)
+        return load_autoregressive(path, self._device, self._config.precision)
 
     def _load_table(self, inputs: Inputs) -> "TokenTable | None":
         from models.token_table import TokenTable
@@ -235,8 +238,8 @@ class Dream:
 
         from models.autoencoder import load_autoencoder
 
-        autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir, self._device)
         pictures = [torch.from_numpy(_read_picture(path)).permute(2, 0, 1)[None].float() / 255 for path in paths]
+        autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir, self._device)
         return [autoencoder.encode(picture.to(self._device))[0].cpu().numpy() for picture in pictures]
 
 
@@ -254,12 +257,23 @@ def _read_picture(path: Path) -> np.ndarray:
         StoryError: It is no picture.
     """
     import cv2
+    from PIL import Image
 
+    pixels = MAX_PIXELS + 1
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise StoryError(f"{path}: cannot be read ({error.strerror}): correct the path") from None
-    picture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if len(data) else None
+    try:
+        with Image.open(path) as header:  # OpenCV decodes before it can be asked how large a picture is
+            pixels = header.width * header.height
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pass
+    except OSError:
+        raise StoryError(f"{path}: not a picture ({len(data)} bytes): give a JPEG or PNG file") from None
+    if pixels > MAX_PIXELS:
+        raise StoryError(f"{path}: more than {MAX_PIXELS:,} pixels: scale the picture down")
+    picture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
     if picture is None:
         raise StoryError(f"{path}: not a picture ({len(data)} bytes): give a JPEG or PNG file")
     return picture

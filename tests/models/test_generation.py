@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.autoregressive import AutoregressiveModel
-from models.generation import Prompt, Sampler, Sampling, generate, generate_many, halve_trunk
+from models.autoregressive import AutoregressiveModel, halve_trunk
+from models.generation import Prompt, Sampler, Sampling, generate, generate_many
 from models.gmm import guide
 from models.script import Character, FrameScript
 from models.sequence import Frame, Kind, build_sequence

@@ -95,3 +95,9 @@ def test_a_scheduler_that_cannot_start_from_pure_noise_is_refused_with_those_tha
     assert offered == list(fitting_schedulers(schedule.training)) and "HeunDiscreteScheduler" not in offered
     for name in offered:
         schedule.sample(lambda z, t: z, draw(1), 2, name)
+
+
+def test_a_number_of_steps_that_a_scheduler_cannot_take_is_refused():
+    schedule = NoiseSchedule(1000, "epsilon")
+    with pytest.raises(SamplerError, match=r"DDIMScheduler cannot take 1001 steps .*at most 1000"):
+        schedule.sample(perfect_denoiser(schedule), torch.zeros(1, 1, 2, 2), 1001, "DDIMScheduler")

@@ -254,3 +254,21 @@ def test_a_story_that_is_none(model: list[Path], tmp_path: Path) -> None:
 def test_weights_are_named() -> None:
     assert set(DreamConfig().weights()) == {"minilm_l6", "centerface", "dinov2_small", "dlib_face"}
     assert SPEC.load() is Dream
+
+
+def test_a_picture_with_too_many_pixels_is_refused(model: list[Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
+    inputs = {"story": [write_story(tmp_path)], "autoregressive": model, "references": [tmp_path / "huge.png"]}
+    with pytest.raises(StoryError, match="huge.png: more than 35,389,440 pixels: scale the picture down"):
+        dream(tmp_path / "out", inputs)
+
+
+def test_precision_is_part_of_the_recipe_and_changes_little(model: list[Path], tmp_path: Path) -> None:
+    inputs = {"story": [write_story(tmp_path)], "autoregressive": model}
+    _, full = dream(tmp_path / "full", inputs)
+    _, half = dream(tmp_path / "half", inputs, precision="bfloat16")
+    assert DreamConfig().recipe()["precision"] == "float32"
+    assert full[0]["tokens"] != half[0]["tokens"]
+    np.testing.assert_allclose(full[0]["tokens"], half[0]["tokens"], atol=0.5)
