@@ -8,6 +8,7 @@ from flows.profile import Profile
 
 if TYPE_CHECKING:
     from models.autoencoder import Architecture
+    from models.processes import Precision
     from models.workloads import Workload
 
 PROMPTS_OF_A_SCRIPT = 3
@@ -114,21 +115,21 @@ def _tokenize(profile: Profile) -> Iterator[Load]:
         yield Load(workloads.longclip(), SENTENCES)
 
 
-def _story(profile: Profile, window_frames: int) -> Iterator[Load]:
+def _story(profile: Profile, window_frames: int, precision: "Precision") -> Iterator[Load]:
     from models import training_workloads
 
     if _has_story_model(profile):
-        yield Load(training_workloads.story_frame(window_frames - 1), 1)
+        yield Load(training_workloads.story_frame(window_frames - 1, precision=precision), 1)
 
 
 def _score(profile: Profile) -> Iterator[Load]:
-    yield from _story(profile, profile.score.window_frames)
+    yield from _story(profile, profile.score.window_frames, "float32")
 
 
 def _dream(profile: Profile) -> Iterator[Load]:
     from models import workloads
 
-    yield from _story(profile, profile.dream.window_frames)
+    yield from _story(profile, profile.dream.window_frames, profile.dream.precision)
     if profile.dream.text_encoder == "longclip_l":
         yield Load(workloads.longclip(), SENTENCES)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from models.autoencoder import Architecture, Autoencoder, Compressor, sharded_parts
-from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from models.autoregressive import AutoregressiveConfig, AutoregressiveModel, halve_trunk
 from models.feature_table import FeatureSpace
 from models.footprint import FLOAT32, gathered_bytes, state_bytes
 from models.image_encoder import count_patches
@@ -303,8 +303,11 @@ def story_step(settings: StepSettings, frames: int = 128, sizes: Sizes = PUBLISH
     return Workload(name, "sequence", settings.batch, build, _step, repr(settings), "llama2_7b")
 
 
-def story_frame(frames: int = 127, sizes: Sizes = PUBLISHED) -> Workload:
-    """The story model makes the last frame of a full window, as `models.generation` does with a cache."""
+def story_frame(frames: int = 127, sizes: Sizes = PUBLISHED, precision: Precision = "bfloat16") -> Workload:
+    """The story model makes the last frame of a full window with a cache that grows, its trunk in a precision.
+
+    `models.generation` keeps keys and values in tensors of a fixed size instead, and does the same arithmetic on them.
+    """
 
     @torch.no_grad()
     def run(model: AutoregressiveModel) -> Tensor:
@@ -316,9 +319,10 @@ def story_frame(frames: int = 127, sizes: Sizes = PUBLISHED) -> Workload:
         return _read_on(model, model.read)
 
     def build(device: str) -> nn.Module:
-        return _build_story_model(sizes, device).eval().requires_grad_(False)
+        model = _build_story_model(sizes, device).eval().requires_grad_(False)
+        return halve_trunk(model) if precision == "bfloat16" else model
 
-    return Workload("llama2_7b frame", "frame", 1, build, run, network="llama2_7b")
+    return Workload("llama2_7b frame", "frame", 1, build, run, precision, "llama2_7b")
 
 
 def _fill_cache(model: AutoregressiveModel, frames: int) -> DynamicCache:
@@ -326,9 +330,9 @@ def _fill_cache(model: AutoregressiveModel, frames: int) -> DynamicCache:
     device, config = model.token_mean.device, model.trunk.config
     positions = _make_sequences(model, frames, 1).kinds.shape[1]
     shape = 1, config.num_key_value_heads, positions, config.hidden_size // config.num_attention_heads
-    cache = DynamicCache(config=config)
+    cache, dtype = DynamicCache(config=config), model.trunk.dtype
     for layer in range(config.num_hidden_layers):
-        cache.update(torch.randn(shape, device=device), torch.randn(shape, device=device), layer)
+        cache.update(*(torch.randn(shape, device=device, dtype=dtype) for _ in range(2)), layer)
     return cache
 
 
@@ -338,7 +342,8 @@ def _read_on(model: AutoregressiveModel, cache: DynamicCache) -> Tensor:
     inputs = torch.randn(1, len(FRAME) - config.tokens_per_frame, model.trunk.config.hidden_size, device=device)
     tokens = []
     for _ in range(config.tokens_per_frame):
-        hidden = model.trunk(inputs_embeds=inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        tokens.append(model.mixture(hidden, torch.zeros(1, config.token_dim, device=device)).mean())
+        read = inputs.to(model.trunk.dtype)
+        hidden = model.trunk(inputs_embeds=read, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        tokens.append(model.mixture(hidden.float(), torch.zeros(1, config.token_dim, device=device)).mean())
         inputs = model.token_projection(tokens[-1]).unsqueeze(0)
     return torch.cat(tokens)
