@@ -80,9 +80,9 @@ def remove_film(pipeline: Pipeline, film_id: str) -> Removal:
     catalog.forget_film(film_id)
     pack_shards(pipeline)
     for name in removal.shards:
+        catalog.delete_ref(current_ref(features.SPEC.output, name))  # made with the film; training makes them anew
         if pipeline.get(shards.SPEC.output, name) is None and name not in pipeline.failed:
-            for spec in (shards.SPEC, features.SPEC):  # its last film is gone
-                catalog.delete_ref(current_ref(spec.output, name))
+            catalog.delete_ref(current_ref(shards.SPEC.output, name))  # its last film is gone
     if not catalog.films():
         catalog.delete_ref(NEWEST_SNAPSHOT)
     keys = {f.key for i in removal.artifacts if (a := catalog.artifact(i)) for f in a.files}

@@ -206,10 +206,16 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def decode(
-        self, tokens: Float[Tensor, "batch token dim"], steps: int, seed: int, batch: int = 16
+        self,
+        tokens: Float[Tensor, "batch token dim"],
+        steps: int,
+        seed: int,
+        batch: int = 16,
+        precision: Precision = "float32",
     ) -> Float[Tensor, "batch 3 height width"]:
         """RGB pictures in 0..1 of tokens, by `steps` DDIM steps; the same seed gives the same pictures."""
-        return torch.cat([made for _, made in sample_pictures(self, self.decoder, (tokens,), steps, seed, batch)])
+        batches = sample_pictures(self, self.decoder, (tokens,), steps, seed, batch, precision=precision)
+        return torch.cat([made for _, made in batches])
 
 
 def sample_pictures(

@@ -8,8 +8,9 @@ their width; channel, row, column of a latent; height, width in pixels.
 """
 
 import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -63,6 +64,17 @@ class FeatureSpace:
     height_px: int
     width_px: int
     crop_px: int
+
+    def without_places(self) -> "FeatureSpace":
+        """The same with the user's own folders left out: they may have been moved between two shards."""
+        names = {"image_encoder": self.image_encoder, "vae": self.vae}
+        own = {name: "own" for name, value in names.items() if value is not None and value not in weights.TABLE}
+        return replace(self, **own)
+
+    def sees_as(self, other: "FeatureSpace") -> bool:
+        """Whether another space has the same image encoder looking at the same part of a keyframe."""
+        names = ("image_encoder", "encoder_height_px", "encoder_width_px", "height_px", "width_px")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         """Channels, rows and columns of the latent of a picture."""
@@ -131,7 +143,7 @@ def describe_space(
     channels = luma + 2 * chroma
     if vae is not None:
         latents = VariationalLatents(weights.locate(vae, weights_dir))
-        block_px, channels = latents.downscale, latents.channels
+        block_px, channels, luma, chroma = latents.downscale, latents.channels, 0, 0
     needed = {"encoder_height_px": encoder.patch_px, "encoder_width_px": encoder.patch_px}
     needed |= dict.fromkeys(("height_px", "width_px", "crop_px"), block_px)
     if wrong := [f"{name} {sizes[name]} ({unit})" for name, unit in needed.items() if sizes[name] % unit]:
@@ -162,9 +174,7 @@ class FeatureWriter:
         }
         self._models, self._written = models, 0
         self._arrays = {
-            kind: np.lib.format.open_memmap(folder / f"{name}-{kind}.npy", "w+", np.float16, shape)
-            for kind, shape in shapes.items()
-            if count
+            kind: _allocate(folder / f"{name}-{kind}.npy", shape) for kind, shape in shapes.items() if count
         }
 
     def write(self, images: Float[Tensor, "batch 3 height width"]) -> None:
@@ -177,10 +187,24 @@ class FeatureWriter:
         self._written += len(images)
 
 
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A mapped float16 array whose room on the disk is taken at once: a full disk under a map kills the process.
+
+    Raises:
+        OSError: There is no room.
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    with path.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    return array
+
+
 def write_space(space: FeatureSpace, keys: Sequence[dict], folder: Path) -> None:
-    """Write `config.json`, and `keys.parquet`: film, frame index and split of each keyframe."""
-    (folder / "config.json").write_text(json.dumps(asdict(space), indent=2) + "\n")
+    """Write `keys.parquet` (film, frame index and split of each keyframe), and then `config.json`: all is there."""
     pq.write_table(pa.Table.from_pylist(list(keys), KEYS_SCHEMA), folder / "keys.parquet")
+    beside = folder / ".config.json"
+    beside.write_text(json.dumps(asdict(space), indent=2) + "\n")
+    beside.replace(folder / "config.json")
 
 
 def read_space(path: Path) -> FeatureSpace:
@@ -206,9 +230,10 @@ class FeatureTable(Dataset):
         spaces = [read_space(folder / "config.json") for folder in folders]
         if not spaces:
             raise FeatureTableError("there are no features: run the features stage first")
-        if other := next((folder for folder, space in zip(folders, spaces, strict=True) if space != spaces[0]), None):
+        nameless = [space.without_places() for space in spaces]
+        if other := next((f for f, space in zip(folders, nameless, strict=True) if space != nameless[0]), None):
             raise FeatureTableError(f"{other.name} was made by other models or sizes: run the features stage again")
-        self.space = spaces[0]
+        self.space = spaces[-1]
         self._paths, lengths, splits = [], [], []
         for folder in folders:
             pair = (folder / f"{name}-features.npy", folder / f"{name}-latents.npy")

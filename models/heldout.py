@@ -18,6 +18,8 @@ from models.processes import process_count, process_index, sum_over_processes
 from models.sequence import build_sequence
 from models.token_table import TokenTable
 
+MEASURED_ROWS = 20_000
+
 
 @dataclass(frozen=True)
 class HeldoutKeyframes:
@@ -92,9 +94,15 @@ class HeldoutKeyframes:
         return metrics
 
 
-def training_tokens(keyframes: TokenTable) -> Float[Tensor, "frame token dim"]:
-    """Tokens of the training keyframes and of their mirror images."""
+def training_rows(keyframes: TokenTable) -> list[int]:
+    """Training keyframes on which statistics are measured: all, or `MEASURED_ROWS` of them, spread evenly."""
     rows = keyframes.split_rows("train")
+    return rows[:: -(-len(rows) // MEASURED_ROWS)] if rows else []
+
+
+def training_tokens(keyframes: TokenTable) -> Float[Tensor, "frame token dim"]:
+    """Tokens of training keyframes and of their mirror images."""
+    rows = training_rows(keyframes)
     tokens = [keyframes.tokens(row, mirrored) for mirrored in (False, True) for row in rows]
     return torch.from_numpy(np.stack(tokens))
 

@@ -1,6 +1,6 @@
 """Models of transformers and diffusers from a local folder, and the device on which adapters run."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,21 @@ def load_pretrained(what: str, folder: Path, device: str, family: Any, *parts: A
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
             others = [part.from_pretrained(folder, local_files_only=True) for part in parts]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"no {what} at {folder}: {str(error).strip().splitlines()[0]}") from error
-    if missing := sorted(found["missing_keys"]):
-        raise WeightsError(f"the {what} at {folder} lacks {len(missing)} weights, such as {missing[0]}: get it again")
+    _insist_on_all(what, folder, found["missing_keys"])
     return [model.eval().to(device), *others]
+
+
+def _insist_on_all(what: str, folder: Path, missing: Collection[str]) -> None:
+    """What a file lacks would be left as it happened to lie in memory.
+
+    Raises:
+        WeightsError: Something is missing.
+    """
+    if missing:
+        first = min(missing)
+        raise WeightsError(f"the {what} at {folder} lacks {len(missing)} weights, such as {first}: get it again")
 
 
 @contextmanager
@@ -69,11 +79,14 @@ def load_diffusers(what: str, folder: Path, family: Any) -> Any:
     wholes = any(not path.name.endswith(".fp16.safetensors") for path in folder.glob("*.safetensors"))
     variant = "fp16" if halves and not wholes else None
     try:
-        return family.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, variant=variant
-        )
-    except (OSError, ValueError) as error:
+        model, found = family.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, variant=variant,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"no {what} at {folder}: {str(error).strip().splitlines()[0]}") from error
+    _insist_on_all(what, folder, found["missing_keys"])
+    return model
 
 
 def read_diffusers_config(what: str, folder: Path, family: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Dimensions: batch = keyframes; height, width in pixels.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from models.metrics import pairwise_cosine
 from models.samples import read_samples
 
 RETRIEVAL = (
-    "share of keyframes whose reconstruction lies nearest to its own keyframe among all keyframes of its film: "
+    "share of keyframes whose reconstruction lies nearest to its own keyframe among the measured ones of its film: "
     "cosine of the patch features ({encoder}) of the whole picture, original and reconstruction both at the "
     "decoder's size (cropped around the middle to its shape, then scaled)"
 )
@@ -75,6 +76,24 @@ def measure_reconstructions(
         "keyframes": len(films),
         "keyframes_heldout": int((~seen).sum()),
     }
+
+
+def choose_films(films: Sequence[str], most: int) -> list[int]:
+    """Rows of keyframes to measure: all, or those of whole films, in an order of films that means nothing.
+
+    A keyframe is told apart from the others of its film, so a few of each film would be too easy.
+
+    Args:
+        films: Film of each row.
+        most: Rows wanted; the last film is cut where it would be more.
+    """
+    if len(films) <= most:
+        return list(range(len(films)))
+    rows: dict[str, list[int]] = {}
+    for row, film in enumerate(films):
+        rows.setdefault(film, []).append(row)
+    order = sorted(rows, key=lambda film: hashlib.sha256(film.encode()).digest())
+    return sorted([row for film in order for row in rows[film]][:most])
 
 
 def choose_evenly(count: int, most: int) -> list[int]:

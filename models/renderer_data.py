@@ -48,7 +48,7 @@ class RendererViews(Dataset):
             film, frame = missing[0]
             raise RendererDataError(
                 f"{len(missing)} keyframes have tokens and no features, first frame {frame} of {film}: "
-                "run the tokenize stage on these shards again"
+                "run the features stage on these shards again"
             )
         if not table.split_rows("train"):
             raise RendererDataError(f"{tokens} holds {len(table)} keyframes, none for training: ingest films first")

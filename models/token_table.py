@@ -17,7 +17,7 @@ from jaxtyping import Float
 from models.script import FrameScript
 from models.sequence import Frame
 
-_NUMBERS = pa.list_(pa.float32())
+_NUMBERS = pa.large_list(pa.float32())  # offsets of 32 bits end at a few hundred thousand keyframes
 SCHEMA = pa.schema(
     [
         ("film_id", pa.string()),

@@ -5,12 +5,15 @@ Nothing of it enters results. Addresses and keys of trackers come from the track
 """
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from models.processes import process_index
+
+log = logging.getLogger(__name__)
 
 Tracker = Literal["none", "mlflow", "wandb"]
 PACKAGES = {"mlflow": "mlflow-skinny", "wandb": "wandb"}
@@ -57,7 +60,7 @@ class TrainingLog:
     def __init__(self, folder: Path, tracker: Tracker, settings: Mapping[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._tracker, self._package = tracker, load_tracker(tracker)
+        self._tracker, self._package, self._silent = tracker, load_tracker(tracker), False
         folder.mkdir(parents=True, exist_ok=True)
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
         if tracker == "mlflow":
@@ -80,10 +83,17 @@ class TrainingLog:
         """The numbers of one step."""
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
-        if self._tracker == "mlflow":
-            self._package.log_metrics(dict(numbers), step=step)
-        elif self._tracker == "wandb":
-            self._run.log(dict(numbers), step=step)
+        try:
+            if self._tracker == "mlflow":
+                self._package.log_metrics(dict(numbers), step=step)
+            elif self._tracker == "wandb":
+                self._run.log(dict(numbers), step=step)
+        except Exception as error:  # whatever it is: training is worth more than its log
+            if not self._silent:
+                log.warning(
+                    "%s does not take numbers (%s): training goes on, TensorBoard has them", self._tracker, error
+                )
+            self._silent = True
 
     def close(self) -> None:
         """Write what is left; the run is over or interrupted."""

@@ -53,6 +53,8 @@ class FeaturesConfig(StageConfig):
     def recipe(self) -> dict[str, Any]:
         """Weights enter by what they hold, not by where they lie."""
         values = super().recipe()
+        if self.vae is not None:
+            values = {name: value for name, value in values.items() if name not in ("luma", "chroma", "block_px")}
         return weights.without_places(values, *(name for name in ("image_encoder", "vae") if values[name] is not None))
 
     @model_validator(mode="after")

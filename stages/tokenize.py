@@ -78,7 +78,7 @@ class Tokenize:
         table = FeatureTable(sorted({path.parent for path in inputs["features"]}), "keyframes")
         places = {(film, frame): row for row, (film, frame, _) in enumerate(table.read_keys())}
         rows: list[dict[str, Any]] = []
-        same = table.space == autoencoder.architecture.space
+        same = table.space.sees_as(autoencoder.architecture.space)
         for batch in self._batches(inputs["shards"]):
             features = _read_features(table, places, batch) if same else _compute_features(autoencoder, batch)
             tokens = self._compress(autoencoder, features)

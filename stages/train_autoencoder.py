@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from models import weights
-from stages.errors import MissingInputError, UsageError
+from stages.errors import ComputationError, MissingInputError, UsageError
 from stages.spec import Inputs, Progress, StageSpec, neutral
 from stages.trainer import (
     TrainerConfig,
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from models.feature_table import FeatureSpace, FeatureTable
     from models.training import TrainingRun
 
+SMALL_DECODER = (
+    "flattening", "channels", "layers", "cross_dim", "heads", "norm_groups", "draft_components", "draft_width"
+)  # fmt: skip
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -112,7 +115,11 @@ class TrainAutoencoderConfig(TrainerConfig):
 
     def recipe(self) -> dict[str, Any]:
         """Weights enter by what they hold, not by where they lie."""
-        return weights.without_places(super().recipe(), *(("pretrained",) if self.pretrained else ()))
+        values = super().recipe()
+        if self.pretrained is None:
+            return values
+        values = {name: value for name, value in values.items() if name not in SMALL_DECODER}
+        return weights.without_places(values, "pretrained")
 
     @model_validator(mode="after")
     def _check_film_phase(self) -> "TrainAutoencoderConfig":
@@ -190,7 +197,7 @@ class TrainAutoencoder:
 
         films = FeatureTable(_folders(inputs), "keyframes")
         progress(0, self.config.image_phase.steps + self.config.film_phase.steps, "measuring features and latents")
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = place_model(
                 partial(self._build, films),
@@ -311,7 +318,11 @@ class TrainAutoencoder:
         frozen = FrozenModels(space, self.weights_dir, choose_device(None))
         writer = FeatureWriter(frozen, folder, "crops", len(pictures), (space.crop_px, space.crop_px))
         for path in pictures:
-            writer.write(cover(read_picture(path.read_bytes())[None], space.crop_px, space.crop_px))
+            try:
+                picture = read_picture(path.read_bytes())
+            except OSError as error:
+                raise ComputationError(f"{path} cannot be read ({error}): remove it or get it again") from error
+            writer.write(cover(picture[None], space.crop_px, space.crop_px))
         keys = [{"film_id": path.name, "frame_index": 0, "split": "train"} for path in pictures]
         write_space(space, keys, folder)
         return folder
@@ -323,18 +334,18 @@ class TrainAutoencoder:
         from models.autoencoder import load_autoencoder
         from models.feature_table import VIEWS
         from models.pretrained import choose_device
-        from models.reconstructions import choose_evenly, measure_reconstructions, read_chosen, write_samples
+        from models.reconstructions import choose_films, measure_reconstructions, read_chosen, write_samples
 
         written = [out / "model.safetensors", out / "config.json"]
         model = load_autoencoder(written, self.weights_dir, choose_device(None))
         known = films.read_keys()
-        rows = choose_evenly(len(known), self.config.measured_keyframes)
+        rows = choose_films([film for film, _, _ in known], self.config.measured_keyframes)
         keys = [known[row][:2] for row in rows]
         keyframes = read_chosen(shards, keys, films.space.height_px, films.space.width_px)
         with torch.no_grad():
             features = films.features(VIEWS * row for row in rows)
             tokens = torch.cat([model.compressor(part.to(model.device)) for part in features.split(16)])
-        made = model.decode(tokens, self.config.sampling_steps, self.config.seed).cpu()
+        made = model.decode(tokens, self.config.sampling_steps, self.config.seed, precision=self.config.precision)
         trained = [known[row][2] != "test" for row in rows]
         write_samples(out / "samples.parquet", keys, keyframes, made, self.config.sample_keyframes)
         return measure_reconstructions(model, [film for film, _ in keys], trained, keyframes, made)

@@ -143,7 +143,7 @@ class TrainAutoregressive:
 
         config = self._config
         heldout = HeldoutKeyframes(keyframes, config.window_frames, config.seed)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = self._place_model(keyframes)
             history = self._train(model, keyframes, heldout, scratch, progress)
@@ -177,7 +177,7 @@ class TrainAutoregressive:
         import torch
 
         from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
-        from models.heldout import training_tokens
+        from models.heldout import training_rows, training_tokens
         from models.language_model import describe_language_model, load_language_model
 
         config, folder = self._config, weights.locate(self._config.trunk, self._weights_dir)
@@ -192,7 +192,7 @@ class TrainAutoregressive:
         model = AutoregressiveModel(architecture, trunk, tokenizer)
         if with_weights:
             model.fit_standardization(training_tokens(keyframes))
-            sentences = [keyframes.sentences(row) for row in keyframes.split_rows("train")]
+            sentences = [keyframes.sentences(row) for row in training_rows(keyframes)]
             model.fit_text_mean(torch.from_numpy(np.concatenate(sentences)))
         return model
 
@@ -217,7 +217,7 @@ class TrainAutoregressive:
                 run.history.append({"phase": "train", "step": run.step} | losses)
                 if run.step % config.evaluation_steps == 0 or run.step == config.steps:
                     run.history.append({"phase": "heldout", "step": run.step, "loss": heldout.nll(model)})
-                if run.step % config.checkpoint_steps == 0 and run.step < config.steps:
+                if run.step % config.checkpoint_steps == 0 or run.step == config.steps:
                     run.save(scratch / "checkpoints")
                 latest = [point["loss"] for point in run.history[-40:] if point["phase"] == "train"]
                 progress(run.step, config.steps, describe_progress(latest, numbers))

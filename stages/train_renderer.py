@@ -111,7 +111,7 @@ class TrainRenderer:
         from models.renderer import save_renderer
 
         views = self._open_views(inputs)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = place_model(
                 partial(self._build, inputs["autoencoder"], views.sizes),
@@ -199,17 +199,18 @@ class TrainRenderer:
         from models.autoencoder import load_autoencoder
         from models.feature_table import VIEWS
         from models.pretrained import choose_device
-        from models.reconstructions import choose_evenly, measure_reconstructions, read_chosen, write_samples
+        from models.reconstructions import choose_films, measure_reconstructions, read_chosen, write_samples
         from models.renderer import load_renderer
 
         autoencoder = load_autoencoder(inputs["autoencoder"], self.weights_dir, choose_device(None))
         model = load_renderer([out / "model.safetensors", out / "config.json"], autoencoder)
         table, device = views.tokens, autoencoder.device
-        rows = choose_evenly(len(table), self.config.measured_keyframes)
+        rows = choose_films(table.films, self.config.measured_keyframes)
         keys = [table.key(row) for row in rows]
         conditions = zip(*(views[VIEWS * row][1:] for row in rows), strict=True)
         stacked = [torch.stack(values).to(device) for values in conditions]
-        batches = model.decode(*stacked, self.config.sampling_steps, self.config.seed)
+        sampling = (self.config.sampling_steps, self.config.seed)
+        batches = model.decode(*stacked, *sampling, precision=self.config.precision)
         made = torch.cat([pictures for _, pictures in batches])
         size = autoencoder.architecture
         keyframes = read_chosen(inputs["shards"], keys, size.height_px, size.width_px)

@@ -1,5 +1,6 @@
 """What the trainers share: settings of how training runs, one optimizer step, and the log of its numbers."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -122,8 +123,6 @@ def train_step(
     Raises:
         ComputationError: The loss is no longer a number.
     """
-    import torch
-
     from models.processes import process_count, process_index, sum_over_processes
 
     places = range(process_index(), config.micro_batches, process_count())
@@ -136,10 +135,12 @@ def train_step(
         run.add_gradients(losses[0], len(places), number == len(places) - 1)
         sums = losses.detach() if sums is None else sums + losses.detach()
     means = (sum_over_processes(sums) / config.micro_batches).tolist()
-    if not torch.isfinite(torch.tensor(means[0])):
+    if not math.isfinite(means[0]):
         raise ComputationError(f"the loss of step {run.step} is {means[0]}: lower the learning rates")
     run.take_step(*learning_rates.values())
     norm, seconds = run.gradient_norm.item(), time.perf_counter() - started
+    if not math.isfinite(norm):  # before anybody keeps these weights
+        raise ComputationError(f"the gradients of step {run.step} have norm {norm}: lower the learning rates")
     return means, {"gradient_norm": norm, "wait_share": waited / seconds, "seconds": seconds} | learning_rates
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from stages.errors import ComputationError
 from stages.spec import Progress, no_progress
 
 POLL_S = 0.5
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for each other: one of them reads whole models while the others wait."""
 LAUNCHER_CPUS = 0.1
 """What the job itself takes of the cluster."""
 RESULT, PROGRESS, ERROR = "result.json", "progress.json", "error-{}.json"
@@ -119,7 +122,7 @@ def _run_local(index: int, task: _Task, threads: int, accelerated: bool) -> None
         torch.cuda.set_device(index)
     meeting = f"file://{task.folder}/group"
     dist.init_process_group(
-        "nccl" if accelerated else "gloo", init_method=meeting, rank=index, world_size=task.processes
+        "nccl" if accelerated else "gloo", init_method=meeting, rank=index, world_size=task.processes, timeout=PATIENCE
     )
     try:
         task.run(index)
@@ -150,7 +153,7 @@ def _run_on_ray(task: _Task, cpus: float) -> None:
     trainer = TorchTrainer(
         _run_ray,
         train_loop_config={"task": task},
-        torch_config=TorchConfig(backend="nccl" if accelerated else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if accelerated else "gloo", timeout_s=int(PATIENCE.total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=task.processes,
             use_gpu=accelerated,

@@ -17,10 +17,11 @@ from models.autoencoder import (
 from models.diffusion import NoiseSchedule, add_token_noise
 from models.feature_table import FeatureSpace
 from models.loader import draw_batch
-from models.reconstructions import measure_reconstructions
+from models.reconstructions import choose_films, measure_reconstructions
 from models.renderer import Renderer, load_renderer, save_renderer
 from models.sdxl_decoder import SdxlDecoder, load_unet
 from models.small_decoder import Draft, SmallDecoder
+from models.weights import WeightsError
 from tests.tiny_checkpoints import save_sdxl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,6 +210,23 @@ def test_sdxls_decoder_hears_tokens_sentences_and_their_order(tmp_path):
     assert torch.equal(plain, denoise(tokens))
     assert not torch.allclose(plain, denoise(tokens.flip(1)))  # the pooled input is a map of all tokens in order
     assert not torch.allclose(plain, denoise(tokens, torch.randn(2, 3, decoder.cross_dim)))
+
+
+def test_weights_that_a_file_lacks_are_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path = save_sdxl(tmp_path) / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    save_file({name: value for name, value in load_file(path).items() if not name.startswith("conv_in")}, path)
+    with pytest.raises(WeightsError, match="lacks 2 weights, such as conv_in.bias: get it again"):
+        load_unet(tmp_path)
+
+
+def test_measured_keyframes_are_those_of_whole_films():
+    films = ["a"] * 5 + ["b"] * 5 + ["c"] * 5
+    assert choose_films(films, 100) == list(range(15))
+    chosen = choose_films(films, 12)
+    assert len(chosen) == 12
+    assert sorted(map([films[row] for row in chosen].count, "abc")) == [2, 5, 5]
 
 
 def test_a_unet_without_pooled_text_is_refused(tmp_path):

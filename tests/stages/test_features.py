@@ -78,6 +78,19 @@ def test_features_of_other_models_do_not_mix(features: list[Path], shard: Path, 
         FeatureTable([], "keyframes")
 
 
+def test_folders_that_moved_between_two_shards_are_the_same(shard: Path, tmp_path: Path) -> None:
+    first, second = save_clip(tmp_path / "clip"), save_clip(tmp_path / "moved")
+    sizes = {"encoder_height_px": 28, "encoder_width_px": 28}
+    made = [write_features([shard], tmp_path / p.name / "f", image_encoder=str(p), **sizes) for p in (first, second)]
+    table = FeatureTable([features[0].parent for features in made], "keyframes")
+    assert table.space.image_encoder == str(second)
+
+
+def test_what_changes_nothing_is_not_in_the_recipe() -> None:
+    assert "luma" in FeaturesConfig(**SMALL).recipe()
+    assert "luma" not in FeaturesConfig().recipe()
+
+
 def test_clip_and_sdxl_from_their_folders(shard: Path, tmp_path: Path) -> None:
     clip, sdxl = save_clip(tmp_path / "clip"), save_sdxl(tmp_path / "sdxl")
     own = {"image_encoder": str(clip), "vae": str(sdxl)}
