@@ -4,10 +4,11 @@ Another system's pictures of a story are evaluated the same way.
 """
 
 import io
+import itertools
 import json
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,33 +148,38 @@ def register_pictures(pipeline: Pipeline, story: str, place: Path, name: str) ->
     kept = pipeline.get("story", story)
     text = pipeline.workspace.store.path(kept.file("story.json")).read_text() if kept else ""
     told = parse_story(text, story)
-    try:
-        pictures = read_pictures(place, len(told.frames))
-    except PictureError as error:
-        raise UsageError(str(error)) from error
     subject = subject_of(name, story)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pictures.parquet"
-        _write_pictures(path, told, pictures)
+        try:
+            _write_pictures(path, told, read_pictures(place, len(told.frames)))
+        except PictureError as error:
+            raise UsageError(str(error)) from error
         _keep_files(pipeline, "pictures", subject, [(path.name, path)])
     return subject
 
 
-def _write_pictures(path: Path, story: Story, pictures: list[bytes]) -> None:
-    """As the render stage writes them; what another system encoded stays as it is."""
+def _write_pictures(path: Path, story: Story, pictures: Iterable[bytes]) -> None:
+    """As the render stage writes them, a few at a time; what another system encoded stays as it is."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+    rows = _picture_rows(story, pictures)
+    with pq.ParquetWriter(path, render.PICTURES_SCHEMA) as writer:
+        while group := list(itertools.islice(rows, render.ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=render.PICTURES_SCHEMA))
+
+
+def _picture_rows(story: Story, pictures: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     from PIL import Image
 
-    rows = []
     told = zip(story.frames, story.shot_indices(), pictures, strict=True)
     for index, (frame, shot, picture) in enumerate(told):
         plain = FrameScript(characters=frame.characters, scene_elements=frame.scene_elements, plot=frame.plot)
         with Image.open(io.BytesIO(picture)) as opened:
             size = dict(zip(("width_px", "height_px"), opened.size, strict=True))
         about = {"frame_index": index, "shot_index": shot, "script": plain.model_dump_json(), "jpeg": picture}
-        rows.append(about | size)
-    pq.write_table(pa.Table.from_pylist(rows, schema=render.PICTURES_SCHEMA), path)
+        yield about | size
 
 
 def score_pictures(pipeline: Pipeline, story: str, subject: str) -> None:

@@ -68,8 +68,8 @@ class Clip:
 
     def _prepare(self, picture: UInt8[ndarray, "height width 3"]) -> Float32[ndarray, "side side 3"]:
         height, width = picture.shape[:2]
-        scale = self._side / min(height, width)
-        size = (max(self._side, round(width * scale)), max(self._side, round(height * scale)))
+        short = min(height, width)
+        size = (self._side * width // short, self._side * height // short)  # cut, not rounded, as CLIP's own code does
         scaled = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - self._side) // 2, (size[1] - self._side) // 2
         middle = scaled.crop((left, top, left + self._side, top + self._side))

@@ -11,6 +11,24 @@ from jaxtyping import Bool, Float
 Features = Float[np.ndarray, "sample dim"]
 
 
+class NotFiniteError(ValueError):
+    """Features hold NaN or infinity, of which no number can be told."""
+
+
+def check_finite(*features: Float[np.ndarray, "..."]) -> None:
+    """Refuse values of which a comparison would make a good number: `max(0.0, nan)` is 0, the best distance.
+
+    Raises:
+        NotFiniteError: A value is NaN or infinite.
+    """
+    for values in features:
+        if damaged := np.size(values) - int(np.isfinite(values).sum()):
+            raise NotFiniteError(
+                f"the features hold values that are not finite ({damaged} of {np.size(values)}): the pictures or the "
+                "weights are damaged; make the pictures again, or pull the weights again"
+            )
+
+
 def normalize(features: Features) -> Float[np.ndarray, "sample dim"]:
     """Scale each row to length 1; a row of zeros stays zeros."""
     features = np.asarray(features, np.float64)
@@ -32,7 +50,11 @@ def adjacent_cosine(features: Features) -> Float[np.ndarray, " pair"]:
     """Cosine (-1..1) of each row with the next one; one value fewer than rows.
 
     Source: section 4.2 of the paper: the ground of ST (over pairs that share a character) and of CLIP-sim (over all).
+
+    Raises:
+        NotFiniteError: A value is NaN or infinite.
     """
+    check_finite(features)
     unit = normalize(features)
     return (unit[:-1] * unit[1:]).sum(axis=-1)
 
@@ -44,9 +66,11 @@ def clip_score(pictures: Features, texts: Features) -> float:
 
     Raises:
         ValueError: The counts differ, or there is no picture.
+        NotFiniteError: A value is NaN or infinite.
     """
     if len(pictures) != len(texts) or not len(pictures):
         raise ValueError(f"{len(pictures)} pictures and {len(texts)} texts: both need the same count, above 0")
+    check_finite(pictures, texts)
     return max(0.0, float(100 * (normalize(pictures) * normalize(texts)).sum(axis=-1).mean()))
 
 
@@ -78,9 +102,11 @@ def measure_moments(features: Features) -> tuple[Float[np.ndarray, " dim"], Floa
 
     Raises:
         ValueError: There are fewer than two rows.
+        NotFiniteError: A value is NaN or infinite.
     """
     if len(features) < 2:
         raise ValueError(f"{len(features)} samples: a covariance needs at least 2")
+    check_finite(features)
     features = np.asarray(features, np.float64)
     return features.mean(axis=0), np.cov(features, rowvar=False).reshape(features.shape[1], -1)
 
@@ -100,9 +126,11 @@ def frechet_distance(
 
     Raises:
         ValueError: The widths differ.
+        NotFiniteError: A value is NaN or infinite.
     """
     if first_mean.shape != second_mean.shape:
         raise ValueError(f"features are {first_mean.shape} and {second_mean.shape} wide: both must have one width")
+    check_finite(first_mean, first_covariance, second_mean, second_covariance)
     values, vectors = np.linalg.eigh(first_covariance)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     product = np.linalg.eigvalsh(root @ second_covariance @ root)

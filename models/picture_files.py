@@ -2,6 +2,8 @@
 
 import io
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -17,8 +19,8 @@ class PictureError(ValueError):
     """Pictures cannot be used; the message names the place, what was found and what to do."""
 
 
-def read_pictures(place: Path, count: int) -> list[bytes]:
-    """The encoded pictures of a story's frames, in order.
+def read_pictures(place: Path, count: int) -> Iterator[bytes]:
+    """Yield the encoded pictures of a story's frames, in order.
 
     Args:
         place: A folder with one picture a frame, taken in the order of their names (`frame-2` before `frame-10`) and
@@ -29,17 +31,19 @@ def read_pictures(place: Path, count: int) -> list[bytes]:
         PictureError: There is no such place, it holds more or fewer pictures, or one that cannot be read.
     """
     if place.is_dir():
-        return _read_folder(place, count)
+        yield from _read_folder(place, count)
+        return
     if not place.exists():
         raise PictureError(f"no folder and no video at {place}: correct the path")
     try:
-        return _read_video(place, count)
+        yield from _read_video(place, count)
     except VideoError as error:
         raise PictureError(f"expected a folder of pictures or a video: {error}") from error
 
 
-def _read_folder(folder: Path, count: int) -> list[bytes]:
-    paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
+def _read_folder(folder: Path, count: int) -> Iterator[bytes]:
+    named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    paths = [path for path in named if path.is_file()]
     if not paths:
         raise PictureError(f"{folder} holds no picture: expected files that end in {', '.join(SUFFIXES)}")
     if len(paths) != count:
@@ -47,34 +51,46 @@ def _read_folder(folder: Path, count: int) -> list[bytes]:
             f"{folder} holds {len(paths)} pictures, and the story has {count} frames: expected one picture a frame, in "
             "the order of their names"
         )
-    pictures = []
     for path in sorted(paths, key=_by_number):
-        pictures.append(path.read_bytes())
-        try:
-            with Image.open(io.BytesIO(pictures[-1])) as picture:
-                picture.load()
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise PictureError(f"{path} cannot be read as a picture ({error}): make or copy it again") from error
-    return pictures
+        yield _read_picture(path)
+
+
+def _read_picture(path: Path) -> bytes:
+    """A file's bytes, once they were decoded whole; what claims to be huge is refused before it is."""
+    try:
+        encoded = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            picture = Image.open(io.BytesIO(encoded))
+        with picture:
+            if picture.width * picture.height > LIMITS.max_pixels:
+                raise Image.DecompressionBombError(f"it is {picture.width} x {picture.height}")
+            picture.load()
+    except Image.DecompressionBombError as error:
+        raise PictureError(
+            f"{path} has more than {LIMITS.max_pixels} pixels ({error}): scale the picture down"
+        ) from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise PictureError(f"{path} cannot be read as a picture ({error}): make or copy it again") from error
+    return encoded
 
 
 def _by_number(path: Path) -> list[tuple[int, int, str]]:
     """Sorts numbers in names by their value."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", path.name) if part]
 
 
-def _read_video(path: Path, count: int) -> list[bytes]:
+def _read_video(path: Path, count: int) -> Iterator[bytes]:
     film = open_film(path, LIMITS)
     total = sum(entry.shown for entry in film.entries)
     if total < count:
         raise PictureError(f"{path} has {total} frames, and the story has {count}: expected at least one a frame")
     wanted = {(2 * part + 1) * total // (2 * count) for part in range(count)}
-    pictures = []
     for picture in read_frames(film, 1):
         if picture.frame_index in wanted:
             stream = io.BytesIO()
             Image.fromarray(picture.rgb).save(stream, "PNG")
-            pictures.append(stream.getvalue())
-    if len(pictures) != count:
+            wanted.remove(picture.frame_index)
+            yield stream.getvalue()
+    if wanted:
         raise PictureError(f"{path} lists {total} frames and gave only some of them: repair it with `ffmpeg -i`")
-    return pictures

@@ -30,7 +30,7 @@ from models.measures import (
     Measure,
     Number,
 )
-from models.metrics import adjacent_cosine, clip_score, frechet_distance, mask_shared, measure_moments
+from models.metrics import adjacent_cosine, check_finite, clip_score, frechet_distance, mask_shared, measure_moments
 
 Picture = UInt8[ndarray, "height width 3"]
 Advance = Callable[[int], None]
@@ -175,6 +175,7 @@ def _rate(embeddings: Float32[ndarray, "picture dim"], extractors: Extractors) -
     if extractors.aesthetic is None:
         return _needs(AESTHETIC, "aesthetic predictor")
     ratings = extractors.aesthetic(embeddings)
+    check_finite(ratings)
     names = f"{extractors.names['aesthetic']} on {extractors.names['clip']}"
     spread = f"ratings from {ratings.min():.2f} to {ratings.max():.2f}"
     return AESTHETIC.computed(float(ratings.mean(dtype=np.float64)), f"{names}; {len(ratings)} pictures, {spread}")
@@ -241,7 +242,7 @@ def measure_fid(real: Float[ndarray, "a dim"] | None, generated: Float[ndarray, 
     from models.inception_metrics import frechet_inception_distance
 
     real = generated[:0] if real is None else real
-    return _compare(FID, real, generated, COMPARED, name, frechet_inception_distance)
+    return _compare(FID, real, generated, COMPARED, f"{name}, torchmetrics", frechet_inception_distance)
 
 
 def _gaussian_distance(first: ndarray, second: ndarray) -> float:
@@ -265,7 +266,7 @@ def _compare(
 
 
 def measure_inception_score(logits: Float[ndarray, "picture label"], name: str) -> Number:
-    """Inception score of the generated pictures, by torchmetrics."""
+    """Inception score of the generated pictures."""
     from models.inception_metrics import SPLITS, inception_score
 
     if len(logits) < 2 * SPLITS:

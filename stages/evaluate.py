@@ -28,7 +28,7 @@ from stages.spec import Inputs, Progress, Row, StageConfig, StageSpec, neutral
 
 if TYPE_CHECKING:
     from models.face_models import FaceModels
-    from models.image_encoder import DinoV2
+    from models.image_encoder import ImageEncoder
     from models.picture_scores import Extractors
 
 FEATURES = "DINOv2-S (hidden states after layer 8, mean over patches)"
@@ -80,7 +80,7 @@ class EvaluateConfig(StageConfig):
 
 SPEC = StageSpec(
     name="evaluate",
-    version=2,
+    version=3,
     implementation="stages.evaluate:Evaluate",
     inputs=("pictures", "dream", "shards", "autoencoder", "autoregressive"),
     output="evaluation",
@@ -123,8 +123,9 @@ class Evaluate:
             Name to value.
 
         Raises:
-            ComputationError: A picture cannot be decoded.
+            ComputationError: A picture cannot be decoded, or its features are not finite.
         """
+        from models.metrics import NotFiniteError
         from models.picture_scores import score_pictures
 
         pictures = _read_rows(inputs, "pictures", ["frame_index", "script", "jpeg"])
@@ -139,14 +140,17 @@ class Evaluate:
             (_decode(j, "keyframe of a film") for j in _read_keyframes(shards, stride)),
         )
         real = self._extractors.look(keyframes, batch, steps.of("encode keyframes of the films"), with_clip=False)
-        numbers = score_pictures(
-            (_decode(row["jpeg"], "generated picture") for row in pictures or ()),
-            None if pictures is None else [row["script"] for row in pictures],
-            self._extractors,
-            real,
-            batch,
-            steps.of("encode generated pictures"),
-        )
+        try:
+            numbers = score_pictures(
+                (_decode(row["jpeg"], "generated picture") for row in pictures or ()),
+                None if pictures is None else [row["script"] for row in pictures],
+                self._extractors,
+                real,
+                batch,
+                steps.of("encode generated pictures"),
+            )
+        except NotFiniteError as error:
+            raise ComputationError(str(error)) from error
         numbers.append(self._measure_long_term(pictures, dream, faces, steps.of("look for the characters")))
         numbers += [read_retrieval(_read_metrics(inputs, "autoencoder"))]
         numbers += read_likelihoods(_read_metrics(inputs, "autoregressive"))
@@ -181,7 +185,7 @@ class Evaluate:
         return {
             "encode": FEATURES,
             "clip": f"CLIP ({tell(self.config.clip)})",
-            "inception": f"Inception-v3 ({tell(self.config.inception)}) of pictures scaled to 299x299, torchmetrics",
+            "inception": f"Inception-v3 ({tell(self.config.inception)}) of pictures scaled to 299x299",
             "aesthetic": f"aesthetic predictor ({tell(self.config.aesthetic)})",
         }
 
@@ -190,13 +194,19 @@ class Evaluate:
 
         stacked = np.stack([cover(image, self.config.width_px, self.config.height_px) for image in images])
         tensor = torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
-        return self._encoder.encode(tensor).mean(dim=1).numpy()
+        return self._encoder.encode(tensor.to(self._device)).mean(dim=1).cpu().numpy()
 
     @cached_property
-    def _encoder(self) -> "DinoV2":
-        from models.image_encoder import DinoV2
+    def _device(self) -> str:
+        from models.pretrained import choose_device
 
-        return DinoV2(self.weights_dir)
+        return choose_device(None)
+
+    @cached_property
+    def _encoder(self) -> "ImageEncoder":
+        from models.image_encoder import open_image_encoder
+
+        return open_image_encoder("dinov2_small", self.weights_dir, self._device)
 
     @cached_property
     def _face_models(self) -> "FaceModels":

@@ -4,15 +4,18 @@ import io
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from flows import cli
 from flows.commands import Request, all_evaluations, evaluation_rows, walk
+from flows.generate import register_pictures, register_story
 from flows.pipeline import Pipeline
 from flows.report import render_page
 from flows.report_data import gather
 from stages.errors import MissingInputError, UsageError
+from stages.render import ROW_GROUP
 from storage.artifacts import Recipe
 from tests.flows.ingested import commit, computing_pipeline, ingest, profile_with
 from tests.flows.test_cli import call
@@ -115,6 +118,24 @@ def test_wrong_calls_say_what_is_wrong(workspace, story, pictures):
         walk(pipeline, Request("score_pictures", story=story, pictures=pictures, name="seine"))
     with pytest.raises(MissingInputError, match="nothing was generated yet"):
         walk(pipeline, Request("score_pictures", pictures=pictures, name="seine"))
+
+
+def test_pictures_are_kept_in_row_groups_as_the_render_stage_keeps_its_own(workspace, tmp_path):
+    count = 2 * ROW_GROUP + 3
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps({"frames": [{"plot": [f"Step {index}."]} for index in range(count)]}))
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(count):
+        Image.new("RGB", (8, 6), (index, 0, 0)).save(folder / f"{index}.png")
+    pipeline = computing_pipeline(workspace, PROFILE)
+    subject = register_pictures(pipeline, register_story(pipeline, path), folder, "seine")
+    kept = pipeline.get("pictures", subject)
+    table = pq.ParquetFile(workspace.store.path(kept.file("pictures.parquet")))
+    assert [table.metadata.row_group(group).num_rows for group in range(3)] == [ROW_GROUP, ROW_GROUP, 3]
+    rows = table.read().to_pylist()
+    assert [row["jpeg"] for row in rows] == [(folder / f"{index}.png").read_bytes() for index in range(count)]
+    assert [row["frame_index"] for row in rows] == list(range(count)) and rows[0]["width_px"] == 8
 
 
 def test_the_command_names_what_is_missing(monkeypatch, capsys, tmp_path, pictures, story):

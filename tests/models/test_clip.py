@@ -34,11 +34,18 @@ def test_vectors_have_length_one_and_do_not_depend_on_the_batch(folder):
     np.testing.assert_allclose(np.linalg.norm(words, axis=1), 1, atol=1e-5)
 
 
-def test_pictures_are_read_as_the_library_reads_them(folder):
-    picture = noise(3)
-    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+@pytest.mark.parametrize(
+    ("width", "height"), [(60, 40), (854, 480), (720, 304), (1920, 800), (1024, 576), (304, 720), (224, 224)]
+)
+@pytest.mark.parametrize("side", [28, 224])
+def test_pictures_are_read_as_the_library_reads_them(folder, width, height, side, monkeypatch):
+    picture = noise(3, height, width)
+    size = {"height": side, "width": side}
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=size)
     pixels = processor(images=Image.fromarray(picture), return_tensors="pt")["pixel_values"]
-    np.testing.assert_allclose(Clip(folder, "cpu")._prepare(picture).transpose(2, 0, 1), pixels[0].numpy(), atol=1e-5)
+    clip = Clip(folder, "cpu")
+    monkeypatch.setattr(clip, "_side", side)
+    np.testing.assert_allclose(clip._prepare(picture).transpose(2, 0, 1), pixels[0].numpy(), atol=1e-5)
 
 
 def test_a_folder_without_clip_is_named(tmp_path):

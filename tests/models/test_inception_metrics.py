@@ -1,4 +1,4 @@
-"""FID and the Inception score by torchmetrics, beside what is known of them."""
+"""FID by torchmetrics and the Inception score, beside what is known of them."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 
 from models.inception_metrics import CHUNK, frechet_inception_distance, inception_score
-from models.metrics import frechet_distance, measure_moments
+from models.metrics import NotFiniteError, frechet_distance, measure_moments
 
 
 def draw(seed: int, count: int, width: int) -> np.ndarray:
@@ -84,3 +84,24 @@ def test_the_score_depends_on_its_seed_alone():
 def test_too_few_samples_for_the_splits_are_refused():
     with pytest.raises(ValueError, match="19 samples: 10 splits need at least 20"):
         inception_score(draw(0, 19, 3), seed=0)
+
+
+@pytest.mark.parametrize("count", [20, 21, 25, 29, 41])
+def test_there_are_as_many_splits_as_asked_for_whatever_the_count(count):
+    """Samples each sure of a class of its own: a split scores its size, and ten sizes have a mean of a tenth."""
+    mean, deviation = inception_score(1000 * np.eye(count), seed=0)
+    sizes = [len(part) for part in np.array_split(np.arange(count), 10)]
+    assert mean == pytest.approx(count / 10) and deviation == pytest.approx(np.std(sizes, ddof=1))
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_give_no_number(damage):
+    whole, damaged = draw(0, 30, 4), draw(0, 30, 4)
+    damaged[7, 2] = damage
+    for measure in (
+        lambda: frechet_inception_distance(whole, damaged),
+        lambda: frechet_inception_distance(damaged, whole),
+        lambda: inception_score(damaged, seed=0),
+    ):
+        with pytest.raises(NotFiniteError, match="not finite .1 of 120.: the pictures or the weights are damaged"):
+            measure()

@@ -5,7 +5,9 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
 from models.metrics import (
+    NotFiniteError,
     adjacent_cosine,
+    clip_score,
     found_within,
     frechet_distance,
     mask_shared,
@@ -107,3 +109,21 @@ def test_found_within_looks_at_the_nearest_face_and_reference():
 
 def test_mask_shared_needs_a_common_member():
     assert mask_shared([{1, 2}, {2}, {3}, set(), set()]).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf, -np.inf])
+def test_features_that_are_not_finite_give_no_number(damage):
+    whole = np.random.default_rng(4).normal(size=(5, 3))
+    damaged = whole.copy()
+    damaged[2, 1] = damage
+    mean, covariance = measure_moments(whole)
+    for measure in (
+        lambda: clip_score(damaged, whole),
+        lambda: clip_score(whole, damaged),
+        lambda: frechet_distance(damaged[2], covariance, mean, covariance),
+        lambda: frechet_distance(mean, covariance, mean, damaged[:3]),
+        lambda: measure_moments(damaged),
+        lambda: adjacent_cosine(damaged),
+    ):
+        with pytest.raises(NotFiniteError, match=r"not finite \(1 of \d+\): the pictures or the weights are damaged"):
+            measure()

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import av
@@ -8,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import webdataset
+from safetensors.torch import load_file, save_file
 
 from models import weights
 from models.aesthetic import Aesthetic
@@ -164,6 +167,16 @@ def test_the_papers_numbers_are_computed_with_the_papers_models(tmp_path, own_we
     assert "3 keyframes of the films, 6 generated pictures; fewer samples than the 2048 features" in told
     assert "at least 20" in numbers["IS"]["computed_with"]
     assert not any(str(tmp_path.parent) in number["computed_with"] for number in numbers.values())
+
+
+def test_damaged_weights_give_no_numbers(tmp_path, own_weights, portraits):
+    folder = shutil.copytree(own_weights["clip"], tmp_path / "damaged")
+    state = load_file(folder / "model.safetensors")
+    state["visual_projection.weight"][0] = torch.nan
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    stage = Evaluate(CONFIG.model_copy(update={"clip": str(folder)}))
+    with pytest.raises(ComputationError, match="not finite .* the pictures or the weights are damaged"):
+        evaluate(stage, tmp_path, pictures=write_pictures(tmp_path, portraits))
 
 
 def test_weights_enter_the_recipe_by_what_they_hold(own_weights, tmp_path):
