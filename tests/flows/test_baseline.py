@@ -17,6 +17,7 @@ from flows.generate import NEWEST_STORY
 from flows.pipeline import Pipeline
 from flows.profile import ExplainedProfile
 from flows.workspace import Workspace
+from stages.baseline import USUAL
 from stages.errors import StoryError, UsageError
 from tests.flows.ingested import commit, computing_pipeline, profile_with
 from tests.flows.test_cli import call
@@ -124,6 +125,30 @@ def test_other_systems_weights_are_asked_for_by_their_command_alone(monkeypatch,
     for command in ("run", "ingest", "train", "generate", "evaluate"):
         assert not {"sd15", "animatediff_v15_2"} & set(chosen.weights(_stages_of(command)))
     assert "sd15" not in ExplainedProfile("paper").profile.weights()
+
+
+def test_the_command_tells_a_failure_in_one_object_and_its_own_method_wins(home, monkeypatch, capsys):
+    story = home / "two frames.json"
+    story.write_text(json.dumps({"frames": [{"plot": ["she runs"]}] * 2}))
+    empty = home / "empty"
+    empty.mkdir()
+    changed = [*settings(home)[:-1], f"baseline.sdxl={empty}", "baseline.method=freenoise"]
+    options = [word for setting in changed for word in ("--set", setting)]
+    code, out, _ = call(monkeypatch, capsys, "baseline", "frame_by_frame", "--json", "--tables", "--story", story,
+                          "--workspace", home / "failing", *options)  # fmt: skip
+    told = json.loads(out)
+    assert (code, told["movie"], told["numbers"]) == (1, None, [])
+    assert [table["table"] for table in told["tables"]] == [1, 2]
+    (failed,) = told["failed"]
+    assert (failed["subject"], failed["stage"]) == ("frame_by_frame.two-frames", "baseline")
+    assert "no SDXL pipeline at" in failed["error"]
+
+
+def test_a_system_that_is_none_is_refused_with_those_there_are(monkeypatch, capsys, tmp_path):
+    code, _, err = call(monkeypatch, capsys, "baseline", "dreaming", "--story", "s.json", "--workspace", tmp_path)
+    assert code == 2
+    for method in USUAL:
+        assert repr(method) in err
 
 
 def test_the_command_makes_a_movie_and_prints_numbers(home):
