@@ -24,6 +24,7 @@ def make_baseline(pipeline: Pipeline, story: str, first: Path | None = None) -> 
 
     Raises:
         UsageError: No system is chosen, or a first picture is given to one that takes none.
+        StoryError: The first picture is not there, or is none.
     """
     method = pipeline.profile.baseline.method
     if method is None:
@@ -31,6 +32,8 @@ def make_baseline(pipeline: Pipeline, story: str, first: Path | None = None) -> 
     if first is not None and method != "svd_chain":
         raise UsageError(f"--first {first}: only svd_chain starts from a picture, and {method} does not; leave it out")
     subject = subject_of(method, story)
+    if first is not None and first.is_file():
+        baseline.require_picture(first)
     register_references(pipeline, subject, (first,) if first else ())
     for spec in PAINTING_STAGES:
         found = {kind: pipeline.get(kind, story if kind == "story" else subject) for kind in spec.inputs}

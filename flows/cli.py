@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -150,10 +150,15 @@ def _print_scores(opened: Any, system: str | None, story: Path | None, tables: b
             click.echo(note)
 
 
+def _require_method(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """One of the stage's systems; looked up late, so that other commands do not wait for the stage's imports."""
+    from stages.baseline import Method
+
+    return click.Choice(get_args(Method)).convert(value, parameter, context)
+
+
 @cli.command()
-@click.argument(
-    "method", metavar="METHOD", type=click.Choice(["frame_by_frame", "consistent_attention", "svd_chain", "freenoise"])
-)
+@click.argument("method", metavar="METHOD", callback=_require_method)
 @click.option("--story", required=True, type=click.Path(path_type=Path), help="The story to paint.")
 @click.option("--first", type=click.Path(path_type=Path), help="The picture that svd_chain starts from.")
 @click.option("--out", type=click.Path(path_type=Path), help="Where the movie goes; without it, the workspace alone.")
@@ -174,11 +179,25 @@ def baseline(
     Video Diffusion, from last frame to last frame) or freenoise (FreeNoise on AnimateDiff). No trained model is needed.
     """
     chosen = [f"baseline.method={method}", *(["baseline.first_picture=given"] if first else [])]
-    as_json = common["as_json"]
-    opened = _perform(
-        "baseline", quiet=as_json, story=story, first=first, out=out, settings=(*chosen, *settings), **common
-    )
-    _print_scores(opened, method, story, tables, as_json)
+    asked = {"story": story, "first": first, "out": out, "settings": (*settings, *chosen)}
+    if common.pop("as_json"):
+        _print_baseline(*_carry_out("baseline", **asked, **common)[:2], method, story, tables)
+        return
+    opened = _perform("baseline", as_json=False, **asked, **common)
+    _print_scores(opened, method, story, tables, as_json=False)
+
+
+def _print_baseline(opened: Any, summary: dict[str, Any], method: str, story: Path, tables: bool) -> None:
+    """One JSON object, whether all was made or some of it failed."""
+    from flows.commands import all_evaluations, evaluation_rows
+    from flows.generate import story_subject
+    from flows.report_tables import lay_out_tables
+
+    told = {"movie": summary["movie"], "numbers": evaluation_rows(opened, method, story_subject(story))}
+    told |= {"tables": lay_out_tables(all_evaluations(opened))} if tables else {}
+    click.echo(json.dumps(told | {"failed": summary["failed"]}))
+    if summary["failed"]:
+        sys.exit(EXIT_FAILED)
 
 
 @cli.command()
@@ -277,16 +296,35 @@ def doctor(profile: str, workspace: Path, settings: tuple[str, ...], as_json: bo
     sys.exit(0 if all(row["ok"] for row in rows) else EXIT_FAILED)
 
 
-def _perform(
-    command: str, profile: str, workspace: Path, settings: tuple[str, ...], as_json: bool, report: Path | None = None,
-    quiet: bool = False, **asked: Any,
-) -> Any:  # fmt: skip
-    """Plan; start Prefect and Ray only where something is to be done; print what happened."""
+def _perform(command: str, as_json: bool, report: Path | None = None, quiet: bool = False, **asked: Any) -> Any:
+    """Carry a command out, and print what happened."""
+    started = time.perf_counter()
+    opened, summary, planned = _carry_out(command, **asked)
+    if report is not None and summary["movie"] and (planned or not report.is_file()):
+        from flows.report_data import write_report
+
+        write_report(opened, report)
+    summary["report"] = str(report) if report else None
+    summary["seconds"] = round(time.perf_counter() - started, 2)
+    if not quiet or summary["failed"]:
+        _print_summary(summary, as_json, nothing_to_do=not planned)
+    if summary["failed"]:
+        sys.exit(EXIT_FAILED)
+    return opened
+
+
+def _carry_out(
+    command: str, profile: str, workspace: Path, settings: tuple[str, ...], **asked: Any
+) -> tuple[Any, dict[str, Any], bool]:
+    """Plan; start Prefect and Ray only where something is to be done.
+
+    Returns:
+        The workspace, the summary, and whether anything was to be done.
+    """
     from flows.commands import Request, walk
     from flows.pipeline import Pipeline
     from flows.profile import ExplainedProfile, require_weights
 
-    started = time.perf_counter()
     request = Request(command, **asked)
     explained = ExplainedProfile(profile, settings)
     opened = open_workspace(workspace)
@@ -304,17 +342,7 @@ def _perform(
     else:  # a setting that went back to an earlier value computes nothing, but makes other artifacts current
         walked = walk(Pipeline(opened, explained.profile, _compute_nothing), request)
         summary = walked.summary()
-    if report is not None and summary["movie"] and (plan.todo or not report.is_file()):
-        from flows.report_data import write_report
-
-        write_report(opened, report)
-    summary["report"] = str(report) if report else None
-    summary["seconds"] = round(time.perf_counter() - started, 2)
-    if not quiet or summary["failed"]:
-        _print_summary(summary, as_json, nothing_to_do=not plan.todo)
-    if summary["failed"]:
-        sys.exit(EXIT_FAILED)
-    return opened
+    return opened, summary, bool(plan.todo)
 
 
 def _stages_of(command: str) -> list[str]:

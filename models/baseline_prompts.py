@@ -1,7 +1,7 @@
 """The text that the baselines paint a story's frames from: scripts, within the 77 positions that CLIP reads.
 
 A script has up to 15 sentences, which is more than CLIP's text encoders take. What has no room is left out sentence by
-sentence, never in the middle of one, and is told.
+sentence, never in the middle of one unless not even the first fits, and is told.
 """
 
 from collections.abc import Callable, Iterable
@@ -63,8 +63,17 @@ def _fit(sentences: Iterable[str], room: int, count: Callable[[str], int]) -> tu
 
 
 def _shorten(sentences: list[str], count: Callable[[str], int]) -> Prompt:
-    """The first words of the first sentence, where not even one sentence fits."""
+    """The first words of the first sentence, where not even one sentence fits; of a longer word, its first characters.
+
+    A language without spaces writes a sentence as one word.
+    """
     words, end = sentences[0].split(), []
     while len(words) > 1 and count(" ".join(words)) > TOKENS:
         end.insert(0, words.pop())
-    return Prompt(" ".join(words), (*([" ".join(end)] if end else []), *sentences[1:]))
+    text = " ".join(words)
+    size = len(text)
+    while size > 1 and count(text[:size]) > TOKENS:
+        size -= 1
+    if size < len(text):
+        end.insert(0, text[size:])
+    return Prompt(text[:size], (*([" ".join(end)] if end else []), *sentences[1:]))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from models.pretrained import choose_device
 from models.weights import WeightsError
+
+Precision = Literal["float16", "float32"]
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, message)`, once a step of sampling."""
@@ -39,13 +41,16 @@ class Sampling:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + number)
 
 
-def load_pipeline(what: str, family: Any, folder: Path, device: str | None = None, **parts: Callable[[], Any]) -> Any:
-    """A pipeline from a folder in the Hugging Face layout: float16 on an accelerator, float32 on a CPU.
+def load_pipeline(
+    what: str, family: Any, folder: Path, precision: Precision, device: str | None, **parts: Callable[[], Any]
+) -> Any:
+    """A pipeline from a folder in the Hugging Face layout.
 
     Args:
         what: Its name in the error.
         family: The pipeline's class.
         folder: Its folders of models, with safetensors, whole or in the variant fp16.
+        precision: In what it computes; float16 is slow on a CPU.
         device: Where it goes; None takes an accelerator where there is one.
         parts: Makers of parts that are not taken from the folder as they are; a maker of None leaves a part out.
 
@@ -55,7 +60,7 @@ def load_pipeline(what: str, family: Any, folder: Path, device: str | None = Non
     device = choose_device(device)
     try:
         made = {name: make() for name, make in parts.items()}
-        pipeline = family.from_pretrained(folder, **loading(folder, working_dtype(device)), **made)
+        pipeline = family.from_pretrained(folder, **loading(folder, getattr(torch, precision)), **made)
         _require_words(pipeline, folder)
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -74,11 +79,6 @@ def _require_words(pipeline: Any, folder: Path) -> None:
             (own / file).is_file() for file in ("vocab.json", "tokenizer.json")
         ):
             raise OSError(f"{own} holds neither vocab.json nor tokenizer.json")
-
-
-def working_dtype(device: str | None) -> torch.dtype:
-    """In what a pipeline computes."""
-    return torch.float32 if choose_device(device) == "cpu" else torch.float16
 
 
 def loading(folder: Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -16,19 +16,15 @@ from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from models.diffusers_pipelines import (
-    Progress,
-    Sampling,
-    decode,
-    load_pipeline,
-    loading,
-    working_dtype,
-)
+from models.diffusers_pipelines import Precision, Progress, Sampling, decode, load_pipeline, loading
 from models.picture_folder import PictureFolder
 
 FPS = 8
 """Frames a second of AnimateDiff's videos."""
 WINDOW_FRAMES, WINDOW_STRIDE = 16, 4
+MAX_FRAMES = 1024
+"""Of a video: all of its frames go through the U-Net together. By the sizes of its layers a frame of 576x320 then holds
+about 50 MB in half precision, so that these are about 50 GB, and few accelerators have more than 80."""
 
 
 class ResumableDDIM(DDIMScheduler):
@@ -42,17 +38,20 @@ class ResumableDDIM(DDIMScheduler):
         self.timesteps = self.timesteps[self.done :]
 
 
-def load_free_noise(folder: Path, motion_adapter: Path, device: str | None = None) -> AnimateDiffPipeline:
+def load_free_noise(
+    folder: Path, motion_adapter: Path, precision: Precision, device: str | None = None
+) -> AnimateDiffPipeline:
     """Stable Diffusion 1.5 with AnimateDiff's motion modules, set up for FreeNoise.
 
     Raises:
         WeightsError: A folder lacks a part.
     """
-    dtype = working_dtype(device)
+    dtype = getattr(torch, precision)
     pipeline = load_pipeline(
         f"Stable Diffusion pipeline with the motion modules of {motion_adapter}",
         AnimateDiffPipeline,
         folder,
+        precision,
         device,
         motion_adapter=lambda: MotionAdapter.from_pretrained(motion_adapter, **loading(motion_adapter, dtype)),
         feature_extractor=lambda: None,
@@ -71,8 +70,18 @@ def load_free_noise(folder: Path, motion_adapter: Path, device: str | None = Non
 
 
 def place_keyframes(keyframes: int, seconds_per_keyframe: float) -> list[int]:
-    """The frame of the video at each keyframe's time."""
-    return [round(keyframe * seconds_per_keyframe * FPS) for keyframe in range(keyframes)]
+    """The frame of the video at each keyframe's time.
+
+    Raises:
+        ValueError: The video would have more than `MAX_FRAMES` frames.
+    """
+    places = [round(keyframe * seconds_per_keyframe * FPS) for keyframe in range(keyframes)]
+    if places[-1] >= MAX_FRAMES:
+        raise ValueError(
+            f"{keyframes} keyframes, {seconds_per_keyframe:g} s apart, make a video of {places[-1] + 1} frames, which "
+            f"FreeNoise samples at once: expected up to {MAX_FRAMES}"
+        )
+    return places
 
 
 def paint_video(

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,26 @@ class HubWeight:
         return hashlib.sha256(told.encode()).hexdigest()
 
     def missing(self, root: Path) -> list[Path]:
-        """Files that are not there; without a manifest, the manifest itself."""
+        """Files that are not there, and patterns that no file matches, as of what an older table asked for.
+
+        Without a manifest, the manifest itself.
+        """
         manifest = _read_manifest(root)
-        known = manifest["files"] if manifest else (MANIFEST,)
-        return [root / name for name in known if not (root / name).is_file()]
+        if not manifest:
+            return [root / MANIFEST]
+        absent = [name for name in manifest["files"] if not (root / name).is_file()]
+        unmatched = [
+            pattern
+            for pattern in self._kept_patterns()
+            if not any(_matches(name, pattern) for name in manifest["files"])
+        ]
+        return [root / name for name in (*absent, *unmatched)]
+
+    def _kept_patterns(self) -> tuple[str, ...]:
+        """Of the files as they are kept: a pickle that is converted has another ending."""
+        if not self.converts:
+            return self.files
+        return (f"{Path(self.files[0]).stem}.safetensors", *self.files[1:])
 
     def fetch(self, name: str, root: Path, source: Path | None, report: Callable[[str], None], alone: bool) -> None:
         """Bring the files into `root`, whole or not at all.
@@ -124,7 +141,7 @@ class HubWeight:
             return []
         wanted = [sorted(path for path in folder.glob(pattern) if path.is_file()) for pattern in self.files]
         if self.converts and not wanted[0]:  # converted before, by another host
-            wanted[0] = sorted(folder.glob(f"{Path(self.files[0]).stem}.safetensors"))
+            wanted[0] = sorted(folder.glob(self._kept_patterns()[0]))
         if not all(wanted):
             return []
         chosen = [path for some in wanted for path in some]
@@ -162,6 +179,12 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if {"from_hub", "files"} <= found.keys() else {}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As `Path.glob` does: a star stays within its folder."""
+    names, patterns = name.split("/"), pattern.split("/")
+    return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
 
 
 def _digest(path: Path) -> str:

@@ -13,14 +13,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from models.diffusers_pipelines import Progress, Sampling, decode, load_pipeline, loading
+from models.diffusers_pipelines import Precision, Progress, Sampling, decode, load_pipeline, loading
 from models.picture_folder import PictureFolder
 
 StepEnd = Callable[[int, Tensor], Tensor]
 """Called after each step with its number and the latents; what it returns is gone on with."""
 
 
-def load_sdxl(folder: Path, device: str | None = None) -> Any:
+def load_sdxl(folder: Path, precision: Precision, device: str | None = None) -> Any:
     """SDXL with a DDIM sampler; its autoencoder in float32, because it overflows in float16.
 
     Raises:
@@ -31,6 +31,7 @@ def load_sdxl(folder: Path, device: str | None = None) -> Any:
         "SDXL pipeline",
         StableDiffusionXLPipeline,
         folder,
+        precision,
         device,
         vae=lambda: AutoencoderKL.from_pretrained(vae_folder, **loading(vae_folder, torch.float32)),
         add_watermarker=lambda: False,

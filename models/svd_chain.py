@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from models.diffusers_pipelines import Progress, Sampling, load_pipeline
+from models.diffusers_pipelines import Precision, Progress, Sampling, load_pipeline
 from models.latents import cover, read_picture
 from models.picture_folder import PictureFolder
 
@@ -36,7 +36,7 @@ class Place:
     offset: int
 
 
-def load_svd(folder: Path, device: str | None = None) -> StableVideoDiffusionPipeline:
+def load_svd(folder: Path, precision: Precision, device: str | None = None) -> StableVideoDiffusionPipeline:
     """Stable Video Diffusion; its image processor needs no torchvision.
 
     Raises:
@@ -47,7 +47,9 @@ def load_svd(folder: Path, device: str | None = None) -> StableVideoDiffusionPip
         return CLIPImageProcessorPil.from_pretrained(folder / "feature_extractor", local_files_only=True)
 
     what = "Stable Video Diffusion pipeline"
-    return load_pipeline(what, StableVideoDiffusionPipeline, folder, device, feature_extractor=load_processor)
+    return load_pipeline(
+        what, StableVideoDiffusionPipeline, folder, precision, device, feature_extractor=load_processor
+    )
 
 
 def place_keyframes(keyframes: int, seconds_per_keyframe: float, clip_frames: int) -> list[Place]:

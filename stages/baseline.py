@@ -48,6 +48,17 @@ USUAL: dict[Method, Usual] = {
 }
 """Steps and guidance of SDXL as in StoryDiffusion, of the videos as in diffusers; sizes near 16:9."""
 
+COMMON_FIELDS = (
+    "method", "sampling_steps", "guidance", "width_px", "height_px", "seed", "jpeg_quality", "precision",
+)  # fmt: skip
+FIELDS: dict[Method, tuple[str, ...]] = {
+    "frame_by_frame": ("sdxl",),
+    "consistent_attention": ("sampling_rate", "window_pictures", "overlap_pictures", "sdxl"),
+    "svd_chain": ("seconds_per_keyframe", "first_picture", "svd", "sdxl"),
+    "freenoise": ("seconds_per_keyframe", "stable_diffusion", "motion_adapter"),
+}
+"""Settings that matter to a system, beside those that matter to all."""
+
 
 class BaselineConfig(StageConfig):
     """Settings of the systems that are compared with."""
@@ -71,6 +82,9 @@ class BaselineConfig(StageConfig):
     )
     first_picture: Literal["sdxl", "given"] = Field(
         "sdxl", description="svd_chain: made of the first script by SDXL, or given with the command"
+    )
+    precision: Literal["float16", "float32"] = Field(
+        "float16", description="of the models, without SDXL's VAE, which overflows in half; float16 is slow on a CPU"
     )
     sdxl: str = Field("sdxl", description="SDXL's name in the table of weights, or a folder")
     svd: str = Field("svd_xt", description="Stable Video Diffusion's name, or a folder")
@@ -102,8 +116,12 @@ class BaselineConfig(StageConfig):
         return (self.sdxl,)
 
     def recipe(self) -> dict[str, Any]:
-        """Weights enter by what they hold, not by where they lie."""
-        return weights.without_places(super().recipe(), "sdxl", "svd", "stable_diffusion", "motion_adapter")
+        """What matters to the system; weights enter by what they hold, not by where they lie."""
+        matters = {*COMMON_FIELDS, *(FIELDS[self.method] if self.method else ())}
+        if self.method == "svd_chain" and self.first_picture == "given":
+            matters.remove("sdxl")
+        chosen = {name: value for name, value in super().recipe().items() if name in matters}
+        return weights.without_places(chosen, "sdxl", "svd", "stable_diffusion", "motion_adapter")
 
     def sampling(self, method: Method) -> "Sampling":
         """How a system is sampled: as set, otherwise as it usually is."""
@@ -121,7 +139,7 @@ class BaselineConfig(StageConfig):
 
 SPEC = StageSpec(
     name="baseline",
-    version=1,
+    version=2,
     implementation="stages.baseline:Baseline",
     inputs=("story",),
     output="pictures",
@@ -154,7 +172,7 @@ class Baseline:
 
         Raises:
             UsageError: No system is chosen.
-            StoryError: The story cannot be used.
+            StoryError: The story cannot be used, is too long for freenoise, or the first picture is none.
             MissingInputError: A first picture is to be given, and is not.
             WeightsError: Weights are absent, or a part of them.
         """
@@ -191,7 +209,7 @@ class Baseline:
     ) -> "list[Prompt]":
         from models.sdxl_pictures import load_sdxl, paint_frame_by_frame
 
-        pipeline = load_sdxl(self._locate(self.config.sdxl))
+        pipeline = load_sdxl(self._locate(self.config.sdxl), self.config.precision)
         prompts = _write_prompts(story, pipeline)
         paint_frame_by_frame(pipeline, [prompt.text for prompt in prompts], sampling, pictures, progress)
         return prompts
@@ -203,7 +221,7 @@ class Baseline:
         from models.sdxl_pictures import load_sdxl
 
         config = self.config
-        pipeline = load_sdxl(self._locate(config.sdxl))
+        pipeline = load_sdxl(self._locate(config.sdxl), config.precision)
         prompts = _write_prompts(story, pipeline, characters_first=True)
         consistency = Consistency(config.sampling_rate, config.window_pictures, config.overlap_pictures)
         texts = [prompt.text for prompt in prompts]
@@ -216,7 +234,7 @@ class Baseline:
         from models.svd_chain import chain_clips, load_svd, place_keyframes
 
         first, prompts = self._first_picture(story, pictures.folder, inputs)
-        pipeline = load_svd(self._locate(self.config.svd))
+        pipeline = load_svd(self._locate(self.config.svd), self.config.precision)
         clip_frames = pipeline.unet.config.num_frames
         places = place_keyframes(len(story.frames), self.config.seconds_per_keyframe, clip_frames)
         chain_clips(pipeline, first, places, sampling, pictures, progress)
@@ -227,11 +245,13 @@ class Baseline:
         if self.config.first_picture == "given":
             if not inputs.get("references"):
                 raise MissingInputError("baseline.first_picture is given, but no picture is: name one with --first")
-            return inputs["references"][0].read_bytes(), []
+            (path,) = inputs["references"]
+            require_picture(path)
+            return path.read_bytes(), []
         from models.picture_folder import PictureFolder
         from models.sdxl_pictures import load_sdxl, paint_frame_by_frame
 
-        pipeline = load_sdxl(self._locate(self.config.sdxl))
+        pipeline = load_sdxl(self._locate(self.config.sdxl), self.config.precision)
         prompts = _write_prompts(story, pipeline)[:1]
         painted = PictureFolder(scratch / "first", self.config.jpeg_quality)
         usual = USUAL["frame_by_frame"]
@@ -245,14 +265,33 @@ class Baseline:
         from models.free_noise import load_free_noise, paint_video, place_keyframes
 
         config = self.config
-        pipeline = load_free_noise(self._locate(config.stable_diffusion), self._locate(config.motion_adapter))
+        try:
+            places = place_keyframes(len(story.frames), config.seconds_per_keyframe)
+        except ValueError as error:
+            raise StoryError(f"{error}: lower baseline.seconds_per_keyframe, or shorten the story") from None
+        folders = self._locate(config.stable_diffusion), self._locate(config.motion_adapter)
+        pipeline = load_free_noise(*folders, config.precision)
         prompts = _write_prompts(story, pipeline)
-        places = place_keyframes(len(prompts), config.seconds_per_keyframe)
         paint_video(pipeline, [prompt.text for prompt in prompts], places, sampling, pictures, progress)
         return prompts
 
     def _locate(self, name: str) -> Path:
         return weights.locate(name, self.weights_dir)
+
+
+def require_picture(path: Path) -> None:
+    """Decode a picture that a chain is to start from, before anything is loaded for it.
+
+    Raises:
+        StoryError: It is no picture, or not a whole one.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.convert("RGB")
+    except Exception as error:  # PIL's, the disk's, and those of each of PIL's decoders
+        raise StoryError(f"{path}: cannot be read as a picture ({error}): give a JPEG or PNG file") from error
 
 
 def _read_story(inputs: Inputs) -> Story:

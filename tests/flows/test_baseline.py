@@ -17,7 +17,8 @@ from flows.generate import NEWEST_STORY
 from flows.pipeline import Pipeline
 from flows.profile import ExplainedProfile
 from flows.workspace import Workspace
-from stages.errors import UsageError
+from stages.baseline import USUAL
+from stages.errors import StoryError, UsageError
 from tests.flows.ingested import commit, computing_pipeline, profile_with
 from tests.flows.test_cli import call
 from tests.tiny_pipelines import write_sdxl_pipeline, write_svd_pipeline
@@ -41,7 +42,14 @@ def home(tmp_path_factory):
 
 
 def settings(home):
-    small = ("sampling_steps=1", "width_px=32", "height_px=32", "seconds_per_keyframe=0.5", f"svd={home / 'svd'}")
+    small = (
+        "sampling_steps=1",
+        "precision=float32",
+        "width_px=32",
+        "height_px=32",
+        "seconds_per_keyframe=0.5",
+        f"svd={home / 'svd'}",
+    )
     chosen = [f"baseline.{setting}" for setting in (*small, f"sdxl={home / 'sdxl'}")]
     return ["engine.executor=inline", "animate.seconds_per_keyframe=0.1", "evaluate.height_px=14",
             "evaluate.width_px=14", *chosen]  # fmt: skip
@@ -99,6 +107,8 @@ def test_what_is_asked_wrongly_is_refused(home, workspace):
         ask("freenoise", story=home / "my story.json", first=home / "x.png")
     with pytest.raises(UsageError, match=r"x.png does not exist: correct the path"):
         ask("svd_chain", story=home / "my story.json", first=home / "x.png")
+    with pytest.raises(StoryError, match=r"my story.json: cannot be read as a picture .* give a JPEG or PNG"):
+        ask("svd_chain", story=home / "my story.json", first=home / "my story.json")
     with pytest.raises(UsageError, match="baseline.method is null: name a system"):
         ask("null", story=home / "my story.json")
     with pytest.raises(UsageError, match="a baseline needs a story"):
@@ -117,6 +127,30 @@ def test_other_systems_weights_are_asked_for_by_their_command_alone(monkeypatch,
     assert "sd15" not in ExplainedProfile("paper").profile.weights()
 
 
+def test_the_command_tells_a_failure_in_one_object_and_its_own_method_wins(home, monkeypatch, capsys):
+    story = home / "two frames.json"
+    story.write_text(json.dumps({"frames": [{"plot": ["she runs"]}] * 2}))
+    empty = home / "empty"
+    empty.mkdir()
+    changed = [*settings(home)[:-1], f"baseline.sdxl={empty}", "baseline.method=freenoise"]
+    options = [word for setting in changed for word in ("--set", setting)]
+    code, out, _ = call(monkeypatch, capsys, "baseline", "frame_by_frame", "--json", "--tables", "--story", story,
+                          "--workspace", home / "failing", *options)  # fmt: skip
+    told = json.loads(out)
+    assert (code, told["movie"], told["numbers"]) == (1, None, [])
+    assert [table["table"] for table in told["tables"]] == [1, 2]
+    (failed,) = told["failed"]
+    assert (failed["subject"], failed["stage"]) == ("frame_by_frame.two-frames", "baseline")
+    assert "no SDXL pipeline at" in failed["error"]
+
+
+def test_a_system_that_is_none_is_refused_with_those_there_are(monkeypatch, capsys, tmp_path):
+    code, _, err = call(monkeypatch, capsys, "baseline", "dreaming", "--story", "s.json", "--workspace", tmp_path)
+    assert code == 2
+    for method in USUAL:
+        assert repr(method) in err
+
+
 def test_the_command_makes_a_movie_and_prints_numbers(home):
     Image.new("RGB", (64, 48), "red").save(home / "first.png")
     options = [word for setting in settings(home)[:-1] for word in ("--set", setting)]
@@ -126,7 +160,10 @@ def test_the_command_makes_a_movie_and_prints_numbers(home):
     ran = {"cwd": Path(__file__).parents[2], "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     done = [subprocess.run(command, **ran, capture_output=True, text=True, timeout=300) for _ in range(2)]
     assert [run.returncode for run in done] == [0, 0], done[0].stderr[-3000:]
-    assert any(number["value"] is not None for number in json.loads(done[0].stdout))
+    told = json.loads(done[0].stdout)
+    assert set(told) == {"movie", "numbers", "failed"}
+    assert (told["movie"], told["failed"]) == (str(home / "out" / "svd.mp4"), [])
+    assert any(number["value"] is not None for number in told["numbers"])
     assert json.loads(done[1].stdout) == json.loads(done[0].stdout)
     assert ("to do: baseline" in done[0].stderr, "to do:" in done[1].stderr) == (True, False)
     with av.open(str(home / "out" / "svd.mp4")) as movie:

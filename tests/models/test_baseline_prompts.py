@@ -49,6 +49,12 @@ def test_a_sentence_longer_than_all_the_room_is_cut_between_words():
     assert prompt == Prompt(("a " * 75).strip(), ("dog runs",))
 
 
+def test_a_sentence_without_spaces_is_cut_between_characters():
+    story = Story(frames=[StoryFrame(plot=["\u6d77" * 75 + "\u5c71\u6c34 \u96e8", "\u96ea" * 80])])
+    (prompt,) = write_prompts(story, lambda text: len(text.replace(" ", "")))
+    assert prompt == Prompt("\u6d77" * 75, ("\u5c71\u6c34 \u96e8", "\u96ea" * 80))
+
+
 sentences = st.lists(st.integers(1, 90).map(lambda n: "w " * (n - 1) + "w"), max_size=4)
 
 

@@ -27,7 +27,7 @@ PROMPTS = ["a red dog", "the sea", "night"]
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
-    return load_sdxl(write_sdxl_pipeline(tmp_path_factory.mktemp("weights") / "sdxl"))
+    return load_sdxl(write_sdxl_pipeline(tmp_path_factory.mktemp("weights") / "sdxl"), "float32")
 
 
 def paint(sdxl, folder, prompts=PROMPTS, **consistency) -> list[bytes]:

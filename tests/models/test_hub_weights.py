@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from models.grounding_dino import GroundingDino
 from models.hub_weights import MANIFEST
 from models.weights import TABLE, WeightsError, folder, identity, missing_files, pull
 from tests.tiny_checkpoints import save_farl, save_grounding_dino
+from tests.tiny_pipelines import write_sdxl_pipeline
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +45,27 @@ def test_a_folder_is_taken_as_it_is_and_listed(brought, place):
     GroundingDino(kept, "person", "cpu")
     (kept / "config.json").unlink()
     assert missing_files("grounding_dino", into) == [kept / "config.json"]
+
+
+def test_what_the_table_asks_for_since_then_is_missing_and_comes_with_the_next_pull(brought):
+    source, into = brought
+    write_sdxl_pipeline(source / "sdxl")
+    pull(["sdxl"], into, print, source)
+    kept = into / "sdxl"
+    whole = json.loads((kept / MANIFEST).read_text())
+    older = {name: digest for name, digest in whole["files"].items() if name.startswith(("unet/", "vae/"))}
+    (kept / MANIFEST).write_text(json.dumps(whole | {"files": older}))
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"):
+        shutil.rmtree(kept / part)
+    missing = [path.relative_to(kept).as_posix() for path in missing_files("sdxl", into)]
+    assert missing == [
+        "text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors", "tokenizer/*", "tokenizer_2/*",
+        "scheduler/scheduler_config.json", "model_index.json",
+    ]  # fmt: skip
+    pull(["sdxl"], into, print, source)
+    assert missing_files("sdxl", into) == []
+    assert json.loads((kept / MANIFEST).read_text()) == whole
+    assert all((kept / name).is_file() for name in whole["files"])
 
 
 def test_a_pickle_is_converted_once_and_read_without_code(brought):

@@ -37,7 +37,7 @@ def test_keyframes_lie_at_their_times_in_the_chain(keyframes, seconds, clip_fram
 
 
 def test_each_clip_starts_from_the_last_frame_of_the_one_before(tmp_path):
-    pipeline = svd_chain.load_svd(write_svd_pipeline(tmp_path / "svd", frames=3))
+    pipeline = svd_chain.load_svd(write_svd_pipeline(tmp_path / "svd", frames=3), "float32")
     first = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8))
     stream = io.BytesIO()
     first.save(stream, "PNG")
@@ -61,7 +61,8 @@ def test_each_clip_starts_from_the_last_frame_of_the_one_before(tmp_path):
 @pytest.fixture(scope="module")
 def animator(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    return free_noise.load_free_noise(write_sd15_pipeline(folder / "sd"), write_motion_adapter(folder / "motion"))
+    sd15, motion = write_sd15_pipeline(folder / "sd"), write_motion_adapter(folder / "motion")
+    return free_noise.load_free_noise(sd15, motion, "float32")
 
 
 def paint(animator, folder, prompts, sampling=SAMPLING) -> list[bytes]:

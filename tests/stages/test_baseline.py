@@ -13,7 +13,7 @@ from models.weights import WeightsError
 from stages.baseline import SPEC, USUAL, Baseline, BaselineConfig
 from stages.errors import MissingInputError, StoryError, UsageError
 from stages.render import PICTURES_SCHEMA
-from stages.spec import no_progress
+from stages.spec import StageConfig, no_progress
 from tests.tiny_pipelines import (
     write_motion_adapter,
     write_sd15_pipeline,
@@ -47,7 +47,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 def configure(folders: dict[str, Path], method: str, **settings) -> BaselineConfig:
     small = {"sampling_steps": 2, "guidance": 2.0, "width_px": 32, "height_px": 16, "seconds_per_keyframe": 0.5}
-    small |= {"window_pictures": 2, "overlap_pictures": 1}
+    small |= {"window_pictures": 2, "overlap_pictures": 1, "precision": "float32"}
     places = {name: str(path) for name, path in folders.items()}
     return BaselineConfig(method=method, **(places | small | settings))
 
@@ -183,6 +183,63 @@ def test_what_cannot_be_painted_is_refused(folders, tmp_path):
         Baseline(configure(folders, "freenoise"))({}, tmp_path, tmp_path, no_progress)
     with pytest.raises(ValidationError, match="overlap_pictures 4 leaves no new picture in a window of 4"):
         BaselineConfig(window_pictures=4)
+
+
+def test_a_first_picture_that_is_none_is_refused_before_anything_is_loaded(folders, tmp_path):
+    config = configure(folders, "svd_chain", first_picture="given", svd=str(tmp_path / "nowhere"))
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((64, 64), 50).save(whole)
+    for name, data in (("letter.png", b"dear reader"), ("half.png", whole.read_bytes()[:1000]), ("empty.png", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(StoryError, match=f"{name}: cannot be read as a picture .* give a JPEG or PNG file"):
+            paint(config, tmp_path, references=tmp_path / name)
+    with pytest.raises(WeightsError):
+        paint(config, tmp_path, references=whole)
+
+
+def test_a_story_too_long_for_one_batch_of_latents_is_refused_before_anything_is_loaded(folders, tmp_path):
+    config = configure(folders, "freenoise", stable_diffusion=str(tmp_path / "nowhere"), seconds_per_keyframe=1.0)
+    longest = {"frames": [{"plot": ["a dog runs"]}] * 128}
+    with pytest.raises(WeightsError):
+        paint(config, tmp_path, longest)
+    longer = {"frames": [{"plot": ["a dog runs"]}] * 129}
+    with pytest.raises(StoryError, match=r"129 keyframes, 1 s apart, .* 1025 frames.* up to 1024: lower baseline"):
+        paint(config, tmp_path, longer)
+
+
+def test_half_precision_is_near_the_whole_on_any_device(folders, tmp_path):
+    whole = paint(configure(folders, "frame_by_frame"), tmp_path / "whole")
+    half = paint(configure(folders, "frame_by_frame", precision="float16"), tmp_path / "half")
+    assert half != whole
+    for a, b in zip(half, whole, strict=True):
+        assert np.abs(pixels(a["jpeg"]) - pixels(b["jpeg"])).mean() < 5
+
+
+CHANGES = {
+    "sampling_steps": 7, "guidance": 7.0, "width_px": 64, "height_px": 64, "seed": 7, "jpeg_quality": 70,
+    "precision": "float32", "sampling_rate": 0.7, "window_pictures": 17, "overlap_pictures": 7,
+    "seconds_per_keyframe": 7.0, "first_picture": "given", "sdxl": "sd15", "svd": "sd15", "stable_diffusion": "sdxl",
+    "motion_adapter": "sdxl",
+}  # fmt: skip
+OWN = {
+    "frame_by_frame": {"sdxl"},
+    "consistent_attention": {"sdxl", "sampling_rate", "window_pictures", "overlap_pictures"},
+    "svd_chain": {"sdxl", "svd", "seconds_per_keyframe", "first_picture"},
+    "freenoise": {"stable_diffusion", "motion_adapter", "seconds_per_keyframe"},
+}
+SHARED = {"sampling_steps", "guidance", "width_px", "height_px", "seed", "jpeg_quality", "precision"}
+
+
+@pytest.mark.parametrize("method", USUAL)
+def test_only_settings_that_matter_to_a_system_make_it_paint_again(method):
+    own = set(BaselineConfig.model_fields) - set(StageConfig.model_fields)
+    assert {"method", *CHANGES} == own, "a new setting matters to some system"
+    config = BaselineConfig(method=method)
+    told = {name for name, value in CHANGES.items()
+            if config.model_copy(update={name: value}).recipe() != config.recipe()}  # fmt: skip
+    assert told == OWN[method] | SHARED
+    given = BaselineConfig(method="svd_chain", first_picture="given")
+    assert given.model_copy(update={"sdxl": "sd15"}).recipe() == given.recipe()
 
 
 def test_settings_name_the_weights_and_not_their_places(folders):
