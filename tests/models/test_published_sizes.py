@@ -57,7 +57,11 @@ def test_large_networks_have_the_published_size(workload, parameters, outputs):
 
 @pytest.mark.parametrize(
     ("name", "megabytes", "bytes_each"),
-    [("qwen3_vl_8b", 8_767.123696 * 2, 2), ("sdxl", (2_567.463684 + 83.653863 * 2) * 2, 2)],
+    [
+        ("qwen3_vl_8b", 8_767.123696 * 2, 2),
+        # UNet, VAE in float32, and the text encoders CLIP ViT-L and OpenCLIP bigG.
+        ("sdxl", (2_567.463684 + 83.653863 * 2 + 123.060480 + 694.659840) * 2, 2),
+    ],
 )
 def test_published_files_are_as_large_as_the_parameters(name, megabytes, bytes_each):
     """The sizes of files in the table of weights were read from the hubs."""
