@@ -212,6 +212,11 @@ def read_space(path: Path) -> FeatureSpace:
     return FeatureSpace(**json.loads(path.read_text()))
 
 
+def feature_folders(paths: Iterable[Path]) -> list[Path]:
+    """The folders in which files of features lie, one a shard, in order."""
+    return sorted({path.parent for path in paths})
+
+
 class FeatureTable(Dataset):
     """Rows of several folders of features, one after the other; maps, not copies.
 

@@ -71,11 +71,11 @@ class Tokenize:
             MissingInputError: The shards hold no keyframe, or one that has no features.
         """
         from models.autoencoder import load_autoencoder
-        from models.feature_table import FeatureTable
+        from models.feature_table import FeatureTable, feature_folders
         from models.token_table import write_token_table
 
         autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir, self._device)
-        table = FeatureTable(sorted({path.parent for path in inputs["features"]}), "keyframes")
+        table = FeatureTable(feature_folders(inputs["features"]), "keyframes")
         places = {(film, frame): row for row, (film, frame, _) in enumerate(table.read_keys())}
         rows: list[dict[str, Any]] = []
         same = table.space.sees_as(autoencoder.architecture.space)

@@ -173,16 +173,16 @@ class TrainAutoencoder:
             MissingInputError: The shards hold no keyframe of the training split.
             UsageError: The folder of pictures is absent or holds none.
         """
-        from models.feature_table import FeatureTable
+        from models.feature_table import FeatureTable, feature_folders
 
-        films = FeatureTable(_folders(inputs), "keyframes")
+        films = FeatureTable(feature_folders(inputs["features"]), "keyframes")
         if not films.training_views():
             raise MissingInputError(
                 f"the shards hold {len(films) // 2} keyframes, none for training: ingest films first"
             )
         for phase in (self.config.image_phase, self.config.film_phase):
             if phase.steps:  # what is missing is told before anything starts
-                self._open_table(phase, _folders(inputs), films, scratch)
+                self._open_table(phase, feature_folders(inputs["features"]), films, scratch)
         body = partial(self._run, inputs, out, scratch)
         return train_in_processes(self.config, SPEC.cpus, body, scratch, progress)
 
@@ -191,11 +191,11 @@ class TrainAutoencoder:
         import torch
 
         from models.autoencoder import save_autoencoder, sharded_parts
-        from models.feature_table import FeatureTable
+        from models.feature_table import FeatureTable, feature_folders
         from models.pretrained import choose_device
         from models.processes import gather_weights, place_model, process_index
 
-        films = FeatureTable(_folders(inputs), "keyframes")
+        films = FeatureTable(feature_folders(inputs["features"]), "keyframes")
         progress(0, self.config.image_phase.steps + self.config.film_phase.steps, "measuring features and latents")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -208,7 +208,7 @@ class TrainAutoencoder:
             )
         if self.config.gradient_checkpointing:
             model.decoder.unet.enable_gradient_checkpointing()
-        history = self._train(model, _folders(inputs), films, scratch, progress)
+        history = self._train(model, feature_folders(inputs["features"]), films, scratch, progress)
         trained = gather_weights(model)
         if process_index() > 0:
             return {}
@@ -349,11 +349,6 @@ class TrainAutoencoder:
         trained = [known[row][2] != "test" for row in rows]
         write_samples(out / "samples.parquet", keys, keyframes, made, self.config.sample_keyframes)
         return measure_reconstructions(model, [film for film, _ in keys], trained, keyframes, made)
-
-
-def _folders(inputs: Inputs) -> list[Path]:
-    """One folder of features for each shard."""
-    return sorted({path.parent for path in inputs["features"]})
 
 
 def _find_pictures(folder: Path) -> list[Path]:

@@ -93,9 +93,10 @@ class TrainRenderer:
         return train_in_processes(self.config, SPEC.cpus, body, scratch, progress)
 
     def _open_views(self, inputs: Inputs) -> "RendererViews":
+        from models.feature_table import feature_folders
         from models.renderer_data import RendererDataError, RendererViews
 
-        features = sorted({path.parent for path in inputs["features"]})
+        features = feature_folders(inputs["features"])
         try:
             return RendererViews(inputs["tokens"][0], features, self.config.max_sentences, self.config.max_faces)
         except RendererDataError as error:
