@@ -22,6 +22,7 @@ from flows.terminal import (
     EXIT_USAGE,
     common,
     find_workspace,
+    insist_on_interrupts,
     json_option,
     open_workspace,
     print_outcome,
@@ -393,6 +394,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname).1s %(name)s: %(message)s")
     for chatty in ("httpx", "prefect"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    insist_on_interrupts()
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:

@@ -1,12 +1,16 @@
 """What the commands share: options, opening a workspace, starting Prefect, printing tables. No heavy imports."""
 
 import json
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import click
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+SOON_S = 0.05
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 workspace_option = click.option(
     "--workspace", default="./workspace", show_default=True, type=click.Path(path_type=Path)
@@ -23,6 +27,23 @@ def common(command: Any) -> Any:
     ):
         command = option(command)
     return command
+
+
+def insist_on_interrupts() -> None:
+    """Let no Ctrl-C get lost.
+
+    It is raised wherever the program happens to be. In a callback of a library that cannot pass errors on, Python tells
+    of it and forgets it; then it is raised again a moment later, until it comes through.
+    """
+
+    def tell_or_raise_again(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            main = threading.main_thread().ident
+            threading.Timer(SOON_S, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = tell_or_raise_again
 
 
 def open_workspace(workspace: Path) -> Any:
