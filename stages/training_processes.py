@@ -128,6 +128,10 @@ def _run_local(index: int, task: _Task, threads: int, accelerated: bool) -> None
         task.run(index)
     finally:
         dist.destroy_process_group()
+    # All is done and written. Threads of the group that are still there when the interpreter is taken down abort it.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _run_on_ray(task: _Task, cpus: float) -> None:
