@@ -52,7 +52,8 @@ class VideoWriter:
         context.thread_count = 1  # x264's decisions depend on the number of its threads
         context.color_range, context.colorspace = ColorRange.MPEG, BT709
         context.color_primaries = context.color_trc = BT709
-        context.options = {"crf": str(crf), "preset": "medium"}
+        # Its macroblock tree gives other bytes once in thousands of films (vector code that is not repeatable).
+        context.options = {"crf": str(crf), "preset": "medium", "x264-params": "mbtree=0"}
 
     def write(self, frame: UInt8[np.ndarray, "height width 3"]) -> None:
         """Append one RGB frame.

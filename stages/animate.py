@@ -75,7 +75,7 @@ class AnimateConfig(StageConfig):
 
 SPEC = StageSpec(
     name="animate",
-    version=1,
+    version=2,
     implementation="stages.animate:Animate",
     inputs=("pictures",),
     output="movie",
