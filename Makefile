@@ -27,7 +27,7 @@ demo: weights
 	  --workspace $(DEMO)/workspace --out $(DEMO)/movie.mp4 --story examples/story.json --set keyframes.every_n_frames=5
 
 test: weights lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ One SQLite file, which all workers of a host share: a killed run asks nothing tw
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+
+from models.chat import ChatAnswer, ChatModel, ChatRequest, digest_payload
 
 DEFAULT_FILE = Path("~/.cache/moviedreamer/answers.sqlite").expanduser()
 _TABLES = (
@@ -70,6 +72,41 @@ class AnswerBook:
                 yield connection
         finally:
             connection.close()
+
+
+class RememberingModel:
+    """A chat model whose answers are kept as they come, so that a killed run asks only what is missing.
+
+    Args:
+        model: Answers what was not asked before.
+        name: Of the model, as part of what was asked: tells its weights apart from all others.
+        answers: Where answers are kept.
+        batch: Requests that go to the model at once.
+    """
+
+    def __init__(self, model: ChatModel, name: str, answers: AnswerBook, batch: int) -> None:
+        self._model, self._name, self._answers, self._batch = model, name, answers, batch
+
+    def ask(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer]:
+        """See `ChatModel`."""
+        digests = [self._digest(request) for request in requests]
+        found = [self._answers.find(digest) for digest in digests]
+        answers = [ChatAnswer(request.key, text) for request, text in zip(requests, found, strict=True)]
+        missing = [index for index, text in enumerate(found) if text is None]
+        for start in range(0, len(missing), self._batch):
+            batch = missing[start : start + self._batch]
+            for index, answer in zip(batch, self._model.ask([requests[index] for index in batch]), strict=True):
+                answers[index] = answer
+                if answer.text is not None:
+                    self._answers.keep(digests[index], answer.text)
+        return answers
+
+    def forget(self, requests: Sequence[ChatRequest]) -> None:
+        """See `ChatModel`."""
+        self._answers.forget(map(self._digest, requests))
+
+    def _digest(self, request: ChatRequest) -> str:
+        return digest_payload(request.payload(self._name))
 
 
 def _today() -> str:

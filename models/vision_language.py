@@ -15,10 +15,17 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    LogitsProcessorList,
+)
 
 from models.chat import ChatAnswer, ChatError, ChatRequest
 from models.pretrained import choose_device
+from models.schema_constraint import SchemaConstraint, read_vocabulary
 
 IMAGE_PROCESSORS = {
     "deepseek_vl": "DeepseekVLImageProcessorPil",
@@ -36,16 +43,14 @@ class LocalChatModel:
 
     Args:
         folder: With config.json, safetensors and tokenizer.
-        batch: Requests that are answered at once.
         device: Where it runs; None takes an accelerator where there is one.
 
     Raises:
         ChatError: The folder holds no such model.
     """
 
-    def __init__(self, folder: Path, batch: int = 8, device: str | None = None) -> None:
+    def __init__(self, folder: Path, device: str | None = None) -> None:
         self._device = choose_device(device)
-        self._batch = batch
         if not (folder / "config.json").is_file():
             raise ChatError(f"no chat model at {folder}: expected a folder with config.json, or set endpoint_url")
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
@@ -61,30 +66,26 @@ class LocalChatModel:
             known = ", ".join(IMAGE_PROCESSORS)
             raise ChatError(f"{folder} holds a {kind!r} model: expected one of {known}, or a language model") from error
         self._model = model.eval().to(self._device)
+        self._ends = _as_list(model.generation_config.eos_token_id) or [self._tokenizer.eos_token_id]
+        self._vocabulary = read_vocabulary(self._tokenizer, model.get_input_embeddings().num_embeddings, self._ends)
 
     def ask(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer]:
-        """See `ChatModel`. What the answers have to look like is said in words; nothing forces the model."""
-        answers: list[ChatAnswer] = []
-        for start in range(0, len(requests), self._batch):
-            batch = requests[start : start + self._batch]
-            try:
-                answers += self._answer(batch)
-            except (
-                OSError,
-                ValueError,
-                torch.OutOfMemoryError,
-            ) as error:  # a broken picture, a prompt that does not fit
-                answers += self._answer_one_by_one(batch) if len(batch) > 1 else [_refuse(batch[0], error)]
-        return answers
+        """See `ChatModel`. All requests are one batch, halved where something of it fails.
+
+        What an answer has to look like is said in words, and held to word by word.
+        """
+        if not requests:
+            return []
+        try:
+            return self._answer(requests)
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:  # a broken picture, a prompt that does not fit
+            if len(requests) == 1:
+                return [_refuse(requests[0], error)]
+            half = len(requests) // 2
+            return self.ask(requests[:half]) + self.ask(requests[half:])
 
     def forget(self, requests: Sequence[ChatRequest]) -> None:
         """See `ChatModel`: nothing is kept here."""
-
-    def _answer_one_by_one(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer]:
-        answers: list[ChatAnswer] = []
-        for request in requests:
-            answers += self.ask([request])
-        return answers
 
     @torch.inference_mode()
     def _answer(self, requests: Sequence[ChatRequest]) -> list[ChatAnswer]:
@@ -106,8 +107,13 @@ class LocalChatModel:
         length, limit = inputs["input_ids"].shape[1], max(request.max_tokens for request in requests)
         temperature = requests[0].temperature
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        held = SchemaConstraint(self._vocabulary, [request.schema for request in requests], length)
         written = self._model.generate(
-            **inputs, max_new_tokens=limit, pad_token_id=self._tokenizer.pad_token_id, **sampling
+            **inputs,
+            max_new_tokens=limit,
+            pad_token_id=self._tokenizer.pad_token_id,
+            logits_processor=LogitsProcessorList([held]),
+            **sampling,
         )[:, length:]
         return [self._read(request, tokens) for request, tokens in zip(requests, written, strict=True)]
 
@@ -126,10 +132,9 @@ class LocalChatModel:
         return prompt if prompt.startswith(start) else start + prompt
 
     def _read(self, request: ChatRequest, tokens: torch.Tensor) -> ChatAnswer:
-        ends = set(_as_list(self._model.generation_config.eos_token_id))
         kept: list[int] = []
         for token in tokens.tolist():
-            if token in ends:
+            if token in self._ends:
                 break
             kept.append(token)
         if len(kept) >= request.max_tokens:

@@ -75,7 +75,7 @@ class CaptionsConfig(ChatConfig):
 
 SPEC = StageSpec(
     name="captions",
-    version=2,
+    version=3,
     implementation="stages.captions:Captions",
     inputs=("keyframes", "people", "faces", "identities"),
     output="captions",

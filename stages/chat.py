@@ -105,17 +105,19 @@ def _read_prompt(path: Path, modified_ns: int) -> str:
 
 def open_chat_model(config: ChatConfig, weights_dir: Path | None = None) -> "ChatModel":
     """The chat model that a stage's settings describe."""
-    name = str(config.model)
+    from models.answers import AnswerBook, RememberingModel
+
+    name, answers = str(config.model), AnswerBook(config.answers)
     if config.endpoint_url is None:
         from models.vision_language import LocalChatModel
-        from models.weights import locate
+        from models.weights import identity, locate
 
-        return LocalChatModel(locate(name, weights_dir), config.concurrency)
-    from models.answers import AnswerBook
+        model = LocalChatModel(locate(name, weights_dir))
+        return RememberingModel(model, identity(name, weights_dir), answers, config.concurrency)
     from models.chat_endpoint import Endpoint, EndpointModel
 
     endpoint = Endpoint(
         config.endpoint_url, name, config.concurrency, config.request_timeout_s, config.attempts, config.daily_tokens
     )
     variable = config.api_key_variable
-    return EndpointModel(endpoint, os.environ.get(variable), AnswerBook(config.answers), f"the variable {variable}")
+    return EndpointModel(endpoint, os.environ.get(variable), answers, f"the variable {variable}")

@@ -46,7 +46,7 @@ class ScriptsConfig(ChatConfig):
 
 SPEC = StageSpec(
     name="scripts",
-    version=2,
+    version=3,
     implementation="stages.scripts:Scripts",
     inputs=("keyframes", "captions"),
     output="scripts",

@@ -109,14 +109,18 @@ def save_deepseek_vl_hybrid(folder: Path) -> Path:
     return folder
 
 
-def save_llama(folder: Path) -> Path:
-    """A language model that sees nothing."""
+def save_llama(folder: Path, ends_at_letters: bool = True) -> Path:
+    """A language model that sees nothing. One that ends at many letters answers briefly."""
     tokenizer = make_tokenizer()
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=4096,
     )  # fmt: skip
-    return _save(folder, transformers.LlamaForCausalLM, config, tokenizer)
+    _save(folder, transformers.LlamaForCausalLM, config, tokenizer)
+    if not ends_at_letters:
+        ends = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        ends.save_pretrained(folder)
+    return folder
 
 
 def _save(folder: Path, family: type, config: object, tokenizer: PreTrainedTokenizerFast, *parts: object) -> Path:

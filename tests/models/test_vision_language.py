@@ -1,6 +1,7 @@
 """Chat models from a folder, on tiny checkpoints in the published layout."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -29,13 +30,14 @@ def folder(request, tmp_path_factory):
     return save[request.param](tmp_path_factory.mktemp("a model"))
 
 
-def ask(folder, requests, batch=1):
-    return LocalChatModel(folder, batch, device="cpu").ask(requests)
+def ask(folder, requests):
+    return LocalChatModel(folder, device="cpu").ask(requests)
 
 
 def test_what_is_answered_depends_on_the_picture_and_not_on_the_batch(folder):
     requests = [ChatRequest(str(level), "What is it?", "Look.", (picture(level),), max_tokens=300) for level in LEVELS]
-    alone, together = ask(folder, requests), ask(folder, requests, batch=4)
+    model = LocalChatModel(folder, device="cpu")
+    alone, together = [answer for request in requests for answer in model.ask([request])], model.ask(requests)
     assert [answer.key for answer in alone] == [str(level) for level in LEVELS]
     assert len({answer.text for answer in alone}) > 1
     assert alone == together
@@ -45,7 +47,7 @@ def test_several_pictures_of_different_sizes_stand_in_their_order(folder):
     one, other = picture(10), picture(200, width=90)
     requests = [ChatRequest("ab", "?", pictures=(one, other), max_tokens=300)]
     requests += [ChatRequest("ba", "?", pictures=(other, one), max_tokens=300)]
-    forward, backward = ask(folder, requests, batch=2)
+    forward, backward = ask(folder, requests)
     assert forward.text is not None and backward.text is not None
     assert forward.text != backward.text
 
@@ -73,7 +75,7 @@ def test_a_prompt_reads_as_the_published_code_reads_it(tmp_path):
 def test_a_broken_picture_is_refused_and_the_others_of_its_batch_are_answered(folder):
     requests = [ChatRequest("good", "?", pictures=(picture(3),), max_tokens=300)]
     requests.insert(0, ChatRequest("bad", "?", pictures=(b"no picture",), max_tokens=300))
-    bad, good = ask(folder, requests, batch=2)
+    bad, good = ask(folder, requests)
     assert bad.text is None and "cannot be asked this" in bad.error
     assert good.text is not None
 
@@ -88,11 +90,40 @@ def test_an_answer_that_is_cut_off_says_how_to_get_all_of_it(folder):
 
 def test_a_language_model_writes_and_sees_nothing(tmp_path):
     folder = save_llama(tmp_path)
-    schema = {"type": "object"}
-    written, blind = ask(folder, [ChatRequest("a", "Hm?", "Be brief.", schema=schema, max_tokens=300),
+    written, blind = ask(folder, [ChatRequest("a", "Hm?", "Be brief.", max_tokens=300),
                                   ChatRequest("b", "Hm?", pictures=(picture(1),))])  # fmt: skip
     assert written.text is not None
     assert blind.text is None and "sees no pictures: choose a vision-language model" in blind.error
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"qwertyui": {"type": "array", "items": {"type": "string", "maxLength": 9}, "maxItems": 3}},
+    "required": ["qwertyui"],
+    "additionalProperties": False,
+}
+
+
+def test_a_model_that_knows_nothing_writes_what_fits_the_schema(tmp_path):
+    """Its weights are random: only what holds it to the schema makes its answers JSON."""
+    folder = save_llama(tmp_path, ends_at_letters=False)
+    requests = [ChatRequest(str(i), f"Hm {'m' * i}?", schema=SCHEMA, max_tokens=400) for i in range(3)]
+    requests.append(ChatRequest("free", "Hm?", max_tokens=20))
+    *held, free = ask(folder, requests)
+    for answer in held:
+        values = json.loads(answer.text)
+        assert list(values) == ["qwertyui"] and all(len(text) <= 9 for text in values["qwertyui"])
+    assert "cut off after 20 tokens" in free.error
+
+
+def test_a_schema_that_cannot_be_held_to_is_refused_alone(tmp_path):
+    folder = save_llama(tmp_path, ends_at_letters=False)
+    odd = {"type": "object", "properties": {"a": {"type": "no such type"}}, "required": ["a"]}
+    bad, good = ask(
+        folder, [ChatRequest("bad", "?", schema=odd), ChatRequest("good", "?", schema=SCHEMA, max_tokens=400)]
+    )
+    assert bad.text is None and "cannot be held to the schema" in bad.error
+    assert json.loads(good.text)
 
 
 def test_a_folder_without_a_chat_model_is_named(tmp_path):
