@@ -178,7 +178,7 @@ def set_residual_dropout(model: AutoregressiveModel, on: bool) -> None:
         layer.mlp.down_proj.train(on)
 
 
-def write_table(path: Path, frames: int) -> TokenTable:
+def write_table(folder: Path, frames: int) -> TokenTable:
     """A table of made keyframes of one film, each with a script of the usual length."""
     rng, rows = np.random.default_rng(0), []
     people = [Character(identity=f"Person {i}", character_index=i, description=["a", "b", "c"]) for i in range(2)]
@@ -194,8 +194,8 @@ def write_table(path: Path, frames: int) -> TokenTable:
             "mirrored_sentence_embeddings": words, "face_character": [0, 1],
             "face_embeddings": rng.standard_normal((2, WIDTHS["face_width"]), np.float32),
         })  # fmt: skip
-    write_token_table(rows, path, WIDTHS)
-    return TokenTable(path)
+    write_token_table([rows], folder, WIDTHS)
+    return TokenTable(folder)
 
 
 def measure_loader(call: argparse.Namespace) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def measure_loader(call: argparse.Namespace) -> dict[str, Any]:
     _, model = make_story_step(call, batch)
     run = TrainingRun(model.new_parameters(), model.trunk_parameters(), seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        table = write_table(Path(folder, "tokens.parquet"), 4 * frames)
+        table = write_table(Path(folder), 4 * frames)
         settings = WindowSettings(frames, call.batch, 1, 0.5, 0.5, 0.0, 10, 0.5, 0)
         windows = TrainingWindows(table, model.tokenizer, settings)
         started = time.perf_counter()

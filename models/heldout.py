@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.autoregressive import AutoregressiveModel
 from models.gmm import fit_gaussian
+from models.metrics import choose_evenly
 from models.processes import process_count, process_index, sum_over_processes
 from models.sequence import build_sequence
 from models.token_table import TokenTable
@@ -28,12 +29,19 @@ class HeldoutKeyframes:
     Attributes:
         keyframes: All of a table.
         window_frames: Most keyframes in a window.
+        most_windows: Where there are more, as many are measured, spread evenly over all.
         seed: Draws faces and exchanges.
     """
 
     keyframes: TokenTable
     window_frames: int
+    most_windows: int
     seed: int
+
+    def windows(self) -> list[range]:
+        """What is measured: rows of keyframes that are read one after the other."""
+        windows = self.keyframes.windows("heldout", self.window_frames)
+        return [windows[index] for index in choose_evenly(len(windows), self.most_windows)]
 
     def nll(self, model: AutoregressiveModel, scripts: Mapping[int, int] | None = None) -> float | None:
         """Negative log-likelihood, nats a token dimension; None without held-out keyframes.
@@ -47,7 +55,7 @@ class HeldoutKeyframes:
         rng = np.random.default_rng([self.seed, 1])
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
-        windows, processes = self.keyframes.windows("heldout", self.window_frames), process_count()
+        windows, processes = self.windows(), process_count()
         for start in range(0, len(windows), processes):
             drawn = [
                 [self.keyframes.frame(row, rng, script_row=scripts and scripts[row]) for row in window]
@@ -70,13 +78,14 @@ class HeldoutKeyframes:
             shuffles: Random exchanges of scripts that are tried.
         """
         keyframes = self.keyframes
-        rows, training = keyframes.split_rows("heldout"), keyframes.split_rows("train")
+        rows = [row for window in self.windows() for row in window]
         metrics: dict[str, Any] = {
             "unit": "nats per token dimension, lower is better",
             "definition": "mean negative log density of the raw tokens of held-out keyframes, each window of them "
             "read from its first frame on without earlier frames",
-            "heldout_frames": len(rows),
-            "training_frames": len(training),
+            "heldout_frames": len(keyframes.split_rows("heldout")),
+            "measured_frames": len(rows),
+            "training_frames": len(keyframes.split_rows("train")),
             "nll": self.nll(model),
             "nll_scripts_shuffled": None,
         }
@@ -97,7 +106,7 @@ class HeldoutKeyframes:
 def training_rows(keyframes: TokenTable) -> list[int]:
     """Training keyframes on which statistics are measured: all, or `MEASURED_ROWS` of them, spread evenly."""
     rows = keyframes.split_rows("train")
-    return rows[:: -(-len(rows) // MEASURED_ROWS)] if rows else []
+    return [rows[index] for index in choose_evenly(len(rows), MEASURED_ROWS)]
 
 
 def training_tokens(keyframes: TokenTable) -> Float[Tensor, "frame token dim"]:

@@ -143,3 +143,8 @@ def frechet_distance(
 def mask_shared(groups: list[set]) -> Bool[np.ndarray, " pair"]:
     """For each set and the next: whether they share a member."""
     return np.array([bool(a & b) for a, b in itertools.pairwise(groups)], dtype=bool)
+
+
+def choose_evenly(count: int, most: int) -> list[int]:
+    """At most `most` of `count` rows, spread evenly."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist() if count else []

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from models.autoencoder import Autoencoder
 from models.latents import read_keyframes, write_jpeg
-from models.metrics import pairwise_cosine
+from models.metrics import choose_evenly, pairwise_cosine
 from models.samples import read_samples
 
 RETRIEVAL = (
@@ -94,11 +94,6 @@ def choose_films(films: Sequence[str], most: int) -> list[int]:
         rows.setdefault(film, []).append(row)
     order = sorted(rows, key=lambda film: hashlib.sha256(film.encode()).digest())
     return sorted([row for film in order for row in rows[film]][:most])
-
-
-def choose_evenly(count: int, most: int) -> list[int]:
-    """At most `most` of `count` rows, spread evenly."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist() if count else []
 
 
 def read_chosen(

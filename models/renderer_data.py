@@ -25,7 +25,7 @@ class RendererViews(Dataset):
     """Keyframes and their mirror images: row `index // 2` of the table of tokens, mirrored where the index is odd.
 
     Args:
-        tokens: The table of tokens.
+        tokens: Folder of the table of tokens.
         features: Folders of features.
         max_sentences: Sentences a picture takes.
         max_faces: Faces a picture takes.

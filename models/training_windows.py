@@ -54,13 +54,15 @@ class TrainingWindows(Dataset):
     """The micro-batches of a training run, by step and place in the step.
 
     Args:
-        keyframes: Where windows come from.
+        keyframes: Where windows come from; some are for training.
         tokenizer: Of the language model.
         settings: How they are drawn.
     """
 
     def __init__(self, keyframes: TokenTable, tokenizer: Tokenizer, settings: WindowSettings) -> None:
         self._keyframes, self._tokenizer, self._settings = keyframes, tokenizer, settings
+        sizes = np.cumsum([len(run) for run in keyframes.runs("train")])
+        self._run_shares = sizes / sizes[-1]
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[int, SequenceBatch]:
         """The seed of what else is random in a micro-batch, and the micro-batch, on the CPU.
@@ -93,11 +95,9 @@ class TrainingWindows(Dataset):
         order = window[::-1] if rng.random() < settings.reverse_probability else window
         return build_sequence([keyframes.frame(row, rng, mirrored) for row in order], self._tokenizer, references)
 
-    def _draw_stretch(self, frames: int, rng: np.random.Generator) -> list[int]:
+    def _draw_stretch(self, frames: int, rng: np.random.Generator) -> range:
         """Rows of consecutive training keyframes; fewer where a film has no such long run."""
-        runs = self._keyframes.runs("train")
-        sizes = np.asarray([len(run) for run in runs], float)
-        run = runs[rng.choice(len(runs), p=sizes / sizes.sum())]
+        run = self._keyframes.runs("train")[np.searchsorted(self._run_shares, rng.random(), side="right")]
         start = int(rng.integers(max(1, len(run) - frames + 1)))
         return run[start : start + frames]
 

@@ -166,7 +166,7 @@ class Dream:
         from models.token_table import TokenTable
 
         paths = inputs.get("tokens", [])
-        return TokenTable(paths[0]) if paths else None
+        return TokenTable(paths[0].parent) if paths else None
 
     def _build_frames(self, story: Story, model: "AutoregressiveModel", table: "TokenTable | None") -> "list[Frame]":
         """The story's keyframes with embedded sentences and faces."""
@@ -194,10 +194,9 @@ class Dream:
         table = _checked_table(table, film, f"character {character.identity!r}")
         faces = [table.face(*place) for place in table.faces_of(film, index)]
         if not faces:
-            known = sorted(c for f, c in table.characters() if f == film)
             raise StoryError(
                 f"character {character.identity!r}: film {film!r} has no face of character {index}: "
-                f"expected one of {known}"
+                f"expected one of {table.characters(film)}"
             )
         # The face nearest to all others: a real one, which their mean need not be.
         stacked = np.stack(faces)
@@ -226,7 +225,7 @@ class Dream:
         table = _checked_table(table, film, "dream.continue_film")
         _check_width("token", {table.widths["token_dim"]}, model.config.token_dim)
         rng = np.random.default_rng(self._config.seed)
-        rows = [row for row, found in enumerate(table.films) if found == film]
+        rows = table.rows_of(film)
         return [table.frame(row, rng) for row in rows[max(0, len(rows) - self._config.overlap_frames) :]]
 
     def _encode_references(self, inputs: Inputs) -> list[np.ndarray]:
@@ -284,7 +283,7 @@ def _checked_table(table: "TokenTable | None", film: str, what: str) -> "TokenTa
         raise MissingInputError(
             f"{what} names film {film!r}, but no film was tokenized: run `moviedreamer train` first"
         )
-    if film not in table.films:
+    if not table.rows_of(film):
         known = ", ".join(sorted(set(table.films))[:20])
         raise StoryError(f"{what} names film {film!r}, which was not ingested: expected one of {known}")
     return table

@@ -268,7 +268,7 @@ def read_likelihoods(metrics: dict[str, Any] | None) -> list[Number]:
             absent = "no metrics of an autoregressive model" if metrics is None else "no held-out keyframes"
             numbers.append(measure.missing(absent))
         else:
-            numbers.append(measure.computed(value, f"{metrics.get('heldout_frames')} held-out keyframes"))
+            numbers.append(measure.computed(value, f"{metrics.get('measured_frames')} held-out keyframes"))
     return numbers
 
 

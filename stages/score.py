@@ -63,7 +63,7 @@ class Score:
         from models.autoregressive import load_autoregressive
         from models.token_table import TokenTable
 
-        keyframes = TokenTable(inputs["tokens"][0])
+        keyframes = TokenTable(inputs["tokens"][0].parent)
         split = "test" if len(keyframes.split_rows("test")) > 1 else "heldout"
         rows = keyframes.split_rows(split)[: self._config.candidates]
         if len(rows) < 2:

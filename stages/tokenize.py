@@ -6,6 +6,7 @@ Source: the paper, section 3.2 (tokens) and section 3.3 (one embedding a descrip
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class TokenizeConfig(StageConfig):
 
 SPEC = StageSpec(
     name="tokenize",
-    version=2,
+    version=3,
     implementation="stages.tokenize:Tokenize",
     inputs=("shards", "features", "autoencoder"),
     output="tokens",
@@ -50,7 +51,7 @@ SPEC = StageSpec(
 
 
 class Tokenize:
-    """Writes `tokens.parquet`; see `models.token_table` for its columns."""
+    """Writes a table of tokens, shard by shard; see `models.token_table`."""
 
     def __init__(self, config: TokenizeConfig, weights_dir: Path | None = None) -> None:
         import torch
@@ -65,7 +66,7 @@ class Tokenize:
         """Tokenize all keyframes of the shards.
 
         Returns:
-            `keyframes`, `films` and `sentences` (different ones), counted.
+            `keyframes`, `films` and `sentences` (different ones of a shard), counted.
 
         Raises:
             MissingInputError: The shards hold no keyframe, or one that has no features.
@@ -77,24 +78,37 @@ class Tokenize:
         autoencoder = load_autoencoder(inputs["autoencoder"], self._weights_dir, self._device)
         table = FeatureTable(feature_folders(inputs["features"]), "keyframes")
         places = {(film, frame): row for row, (film, frame, _) in enumerate(table.read_keys())}
-        rows: list[dict[str, Any]] = []
+        widths = {
+            "tokens_per_frame": autoencoder.architecture.tokens,
+            "token_dim": autoencoder.architecture.token_dim,
+            "text_width": self._text_encoder.width,
+        }
+        counts, films = Counter({"keyframes": 0, "sentences": 0}), set()
         same = table.space.sees_as(autoencoder.architecture.space)
-        for batch in self._batches(inputs["shards"]):
-            features = _read_features(table, places, batch) if same else _compute_features(autoencoder, batch)
-            tokens = self._compress(autoencoder, features)
-            rows += [_row(sample, *views) for sample, views in zip(batch, tokens, strict=True)]
-            progress(len(rows), len(places), f"{len(rows)} keyframes")
-        if not rows:
-            raise MissingInputError("the shards hold no keyframe: ingest a film first")
-        progress(len(rows), len(places), "sentences")
-        sentences = self._add_sentences(rows)
-        write_token_table(rows, out / "tokens.parquet", self._widths(autoencoder, rows))
-        return {"keyframes": len(rows), "films": len({row["film_id"] for row in rows}), "sentences": sentences}
 
-    def _batches(self, shards: list[Path]) -> Iterator[list[dict[str, Any]]]:
+        def tokenize_shards() -> Iterator[list[dict[str, Any]]]:
+            for shard in inputs["shards"]:
+                rows: list[dict[str, Any]] = []
+                for batch in self._batches(shard):
+                    features = _read_features(table, places, batch) if same else _compute_features(autoencoder, batch)
+                    tokens = self._compress(autoencoder, features)
+                    rows += [_row(sample, *views) for sample, views in zip(batch, tokens, strict=True)]
+                    done = counts["keyframes"] + len(rows)
+                    progress(done, len(places), f"{done} keyframes")
+                counts["keyframes"] += len(rows)
+                counts["sentences"] += self._add_sentences(rows)
+                films.update(row["film_id"] for row in rows)
+                yield rows
+
+        write_token_table(tokenize_shards(), out, widths)
+        if not counts["keyframes"]:
+            raise MissingInputError("the shards hold no keyframe: ingest a film first")
+        return dict(counts) | {"films": len(films)}
+
+    def _batches(self, shard: Path) -> Iterator[list[dict[str, Any]]]:
         from models.samples import read_samples
 
-        samples = read_samples(shards)
+        samples = read_samples([shard])
         while batch := list(itertools.islice(samples, self._config.batch_pictures)):
             yield batch
 
@@ -107,7 +121,7 @@ class Tokenize:
         return tokens.unflatten(0, (-1, 2)).cpu().numpy()
 
     def _add_sentences(self, rows: list[dict[str, Any]]) -> int:
-        """Embed the sentences of all rows, each different one once; returns how many there are."""
+        """Embed the sentences of rows, each different one once; returns how many there are."""
         scripts = {
             (index, name): FrameScript.model_validate_json(row[name]).sentences()
             for index, row in enumerate(rows)
@@ -119,14 +133,6 @@ class Tokenize:
             column = name.replace("script", "sentence_embeddings")
             rows[index][column] = np.asarray([embeddings[s] for s in sentences], np.float32)
         return len(different)
-
-    def _widths(self, autoencoder: Any, rows: list[dict[str, Any]]) -> dict[str, int]:
-        return {
-            "tokens_per_frame": autoencoder.architecture.tokens,
-            "token_dim": autoencoder.architecture.token_dim,
-            "text_width": self._text_encoder.width,
-            "face_width": max((row["face_embeddings"].shape[-1] for row in rows if row["face_character"]), default=1),
-        }
 
 
 def _read_features(table: Any, places: dict[tuple[str, int], int], samples: list[dict[str, Any]]) -> Any:

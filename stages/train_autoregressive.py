@@ -71,6 +71,7 @@ class TrainAutoregressiveConfig(TrainerConfig):
     )  # fmt: skip
     references: int = Field(10, ge=0, description="reference frames that may be prepended")
     reference_probability: float = Field(0.5, ge=0, le=1, description="chance that they are")
+    heldout_windows: int = Field(64, ge=1, description="windows of held-out keyframes that are measured, at most")
     shuffles: int = Field(8, ge=1, description="random exchanges of scripts in the held-out comparison")
     evaluation_steps: int = Field(1000, ge=1, description="steps between points of the held-out curve")
     checkpoint_steps: int = neutral(1000, "steps between checkpoints", ge=1)
@@ -92,7 +93,7 @@ class TrainAutoregressiveConfig(TrainerConfig):
 
 SPEC = StageSpec(
     name="train_autoregressive",
-    version=4,
+    version=5,
     implementation="stages.train_autoregressive:TrainAutoregressive",
     inputs=("tokens",),
     output="autoregressive",
@@ -110,7 +111,7 @@ class TrainAutoregressive:
         self._config, self._weights_dir = config, weights_dir
 
     def __call__(self, inputs: Inputs, out: Path, scratch: Path, progress: Progress) -> dict[str, Any]:
-        """Train on the rows of split "train" of `tokens.parquet`.
+        """Train on the rows of split "train" of the table of tokens.
 
         Writes model.safetensors (float32, whatever the precision of training), config.json, history.json and
         metrics.json.
@@ -127,7 +128,7 @@ class TrainAutoregressive:
 
         if not inputs.get("tokens"):
             raise MissingInputError("there are no tokens: run the tokenize stage first")
-        keyframes = TokenTable(inputs["tokens"][0])
+        keyframes = TokenTable(inputs["tokens"][0].parent)
         if not keyframes.runs("train"):
             raise ComputationError("no keyframe is for training: lower shards.heldout_share or ingest more films")
         body = partial(self._run, keyframes, out, scratch)
@@ -142,7 +143,7 @@ class TrainAutoregressive:
         from models.processes import gather_weights, process_index
 
         config = self._config
-        heldout = HeldoutKeyframes(keyframes, config.window_frames, config.seed)
+        heldout = HeldoutKeyframes(keyframes, config.window_frames, config.heldout_windows, config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = self._place_model(keyframes)

@@ -98,7 +98,7 @@ class TrainRenderer:
 
         features = feature_folders(inputs["features"])
         try:
-            return RendererViews(inputs["tokens"][0], features, self.config.max_sentences, self.config.max_faces)
+            return RendererViews(inputs["tokens"][0].parent, features, self.config.max_sentences, self.config.max_faces)
         except RendererDataError as error:
             raise MissingInputError(str(error)) from None
 

@@ -53,9 +53,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A film whose character 0 has three faces, of which the second lies between the others."""
-    path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
+    folder = tmp_path_factory.mktemp("tokens")
     script = FrameScript(characters=[Character(identity="Person 1", character_index=0)]).model_dump_json()
     rows = [
         {
@@ -66,8 +66,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for index in range(3)
     ]  # fmt: skip
-    write_token_table(rows, path, {"tokens_per_frame": 2, "token_dim": 4, "text_width": 384, "face_width": 384})
-    return path
+    write_token_table([rows], folder, {"tokens_per_frame": 2, "token_dim": 4, "text_width": 384, "face_width": 384})
+    return sorted(folder.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_story_longer_than_the_window(model: list[Path], tmp_path: Path) -> None
 def test_a_long_story_in_a_window_that_slides(model: list[Path], tokens: Path, tmp_path: Path) -> None:
     """As with fresh windows until the first one is full; a film to go on from keeps its place in it."""
     story = write_story(tmp_path, frames=[{"plot": [f"Part {n}."]} for n in range(9)])
-    inputs = {"story": [story], "autoregressive": model, "tokens": [tokens]}
+    inputs = {"story": [story], "autoregressive": model, "tokens": tokens}
     settings = {"window_frames": 6, "overlap_frames": 2, "continue_film": "bikes"}
     _, restarted = dream(tmp_path / "restart", inputs, **settings)
     summary, slid = dream(tmp_path / "slide", inputs, **settings, window="slide", sink_frames=2)
@@ -176,12 +176,12 @@ def test_a_characters_face_comes_from_a_picture(model: list[Path], face_picture:
 
 def test_a_characters_face_comes_from_a_film(model: list[Path], tokens: Path, tmp_path: Path) -> None:
     story = with_character(tmp_path, film="bikes", character_index=0)
-    _, rows = dream(tmp_path, {"story": [story], "autoregressive": model, "tokens": [tokens]})
+    _, rows = dream(tmp_path, {"story": [story], "autoregressive": model, "tokens": tokens})
     assert rows[0]["face_embeddings"] == [5.0] * 384
 
 
 def test_going_on_from_a_film(model: list[Path], tokens: Path, tmp_path: Path) -> None:
-    inputs = {"story": [write_story(tmp_path)], "autoregressive": model, "tokens": [tokens]}
+    inputs = {"story": [write_story(tmp_path)], "autoregressive": model, "tokens": tokens}
     _, plain = dream(tmp_path / "plain", inputs)
     summary, rows = dream(tmp_path / "on", inputs, continue_film="bikes", overlap_frames=2)
     assert (summary["mode"], summary["history"]) == ("continue", 2)
@@ -217,7 +217,7 @@ def test_a_reference_that_is_no_picture(model: list[Path], tmp_path: Path, conte
 
 
 def test_an_unknown_film_or_character(model: list[Path], tokens: Path, tmp_path: Path) -> None:
-    inputs = {"autoregressive": model, "tokens": [tokens]}
+    inputs = {"autoregressive": model, "tokens": tokens}
     story = with_character(tmp_path, film="cars", character_index=0)
     with pytest.raises(StoryError, match="'Ann' names film 'cars', which was not ingested: expected one of bikes"):
         dream(tmp_path, inputs | {"story": [story]})

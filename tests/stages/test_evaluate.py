@@ -281,7 +281,10 @@ def test_features_enter_the_distance_as_they_are(stage, tmp_path, portraits, str
 def test_training_metrics_are_taken_over(stage, tmp_path):
     for name, metrics in (
         ("autoencoder", {"retrieval_top1": 0.9, "keyframes": 40, "retrieval_definition": "an encoder"}),
-        ("autoregressive", {"nll": -1.5, "nll_scripts_shuffled": -1.2, "nll_gaussian_full": None, "heldout_frames": 4}),
+        (
+            "autoregressive",
+            {"nll": -1.5, "nll_scripts_shuffled": -1.2, "nll_gaussian_full": None, "measured_frames": 4},
+        ),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))

@@ -15,7 +15,7 @@ assert trunk  # a fixture
 
 def score(table, model, folder, **config):
     folder.mkdir(exist_ok=True)
-    inputs = {"tokens": [table], "autoregressive": sorted((model / "out").iterdir())}
+    inputs = {"tokens": sorted(table.iterdir()), "autoregressive": sorted((model / "out").iterdir())}
     found = Score(ScoreConfig(window_frames=6, **config))(inputs, folder, folder, no_progress)
     assert json.loads((folder / "score.json").read_text()) == found
     return found

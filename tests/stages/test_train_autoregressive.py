@@ -208,9 +208,15 @@ def test_a_table_of_something_else(trunk: str, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"x": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(TokenTableError, match="x.parquet is not a table of tokens: make it with the tokenize stage"):
-        train(make_config(trunk), tmp_path / "x.parquet", tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    pq.write_table(pa.table({"x": [1]}), other / "x.parquet")
+    with pytest.raises(TokenTableError, match=r"other holds no table of tokens .*make it with tokenize"):
+        train(make_config(trunk), other, tmp_path)
+    broken = write_rows(tmp_path, make_rows())
+    (broken / "tokens.arrow").write_bytes((broken / "tokens.arrow").read_bytes()[:-100])
+    with pytest.raises(TokenTableError, match=r"tokens holds no table of tokens .*make it with tokenize"):
+        TokenTable(broken)
 
 
 def test_a_loss_that_is_no_number_stops_training(trunk: str, tmp_path: Path) -> None:

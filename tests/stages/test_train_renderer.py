@@ -39,7 +39,9 @@ def _script(character: int | None) -> str:
     return FrameScript.model_validate(script).model_dump_json()
 
 
-def write_tokens(path: Path, frames: tuple[int, ...] = (0, 30), faces: bool = True, split: str = "train") -> Path:
+def write_tokens(
+    folder: Path, frames: tuple[int, ...] = (0, 30), faces: bool = True, split: str = "train"
+) -> list[Path]:
     rng = np.random.default_rng(0)
     rows = []
     for film in ("film0", "film1"):
@@ -67,8 +69,10 @@ def write_tokens(path: Path, frames: tuple[int, ...] = (0, 30), faces: bool = Tr
                     ),
                 }
             )
-    write_token_table(rows, path, {"tokens_per_frame": 2, "token_dim": 8, "text_width": 6, "face_width": 4})
-    return path
+    table = folder / "tokens"
+    table.mkdir(parents=True)
+    write_token_table([rows], table, {"tokens_per_frame": 2, "token_dim": 8, "text_width": 6, "face_width": 4})
+    return sorted(table.iterdir())
 
 
 def write_autoencoder(folder: Path, **changes) -> list[Path]:
@@ -88,7 +92,7 @@ def inputs(tmp_path_factory) -> dict[str, list[Path]]:
     return {
         "shards": shards,
         "features": write_features(shards, folder / "features"),
-        "tokens": [write_tokens(folder / "tokens.parquet")],
+        "tokens": write_tokens(folder),
         "autoencoder": write_autoencoder(folder / "autoencoder"),
     }
 
@@ -129,19 +133,19 @@ def test_a_killed_run_ends_with_the_same_bytes(trained, inputs, tmp_path):
 
 
 def test_without_faces_the_renderer_takes_none(inputs, tmp_path):
-    tokens = [write_tokens(tmp_path / "tokens.parquet", faces=False)]
+    tokens = write_tokens(tmp_path, faces=False)
     out = _run(tmp_path, {**inputs, "tokens": tokens})
     assert json.loads((out / "config.json").read_text())["max_faces"] == 0
 
 
 def test_tokens_of_other_shards_are_refused(inputs, tmp_path):
-    tokens = [write_tokens(tmp_path / "tokens.parquet", frames=(0, 60))]
+    tokens = write_tokens(tmp_path, frames=(0, 60))
     with pytest.raises(MissingInputError, match="2 keyframes have tokens and no features, first frame 60 of film0"):
         _run(tmp_path, {**inputs, "tokens": tokens})
 
 
 def test_tokens_without_training_keyframes_are_refused(inputs, tmp_path):
-    tokens = [write_tokens(tmp_path / "tokens.parquet", split="heldout")]
+    tokens = write_tokens(tmp_path, split="heldout")
     with pytest.raises(MissingInputError, match="none for training"):
         TrainRenderer(TrainRendererConfig(**CONFIG))({**inputs, "tokens": tokens}, tmp_path, tmp_path, no_progress)
 

@@ -106,7 +106,7 @@ def test_ray_train_equals_one_process(trunk: str, tmp_path: Path) -> None:
     table = write_rows(tmp_path, make_rows())
     train(make_config(trunk, micro_batches=2), table, tmp_path / "one")
     store = ObjectStore(str(tmp_path / "objects"), tmp_path / "cache")
-    files = (store.put(table, "tokens.parquet"),)
+    files = tuple(store.put(path, path.name) for path in sorted(table.iterdir()))
     tokens = Artifact("tokens-x", "tokens", "set", "f", content_digest(files), {}, files, ())
     config = make_config(trunk, micro_batches=2, processes=2)
     work = Work(SPEC, config, "set", {"tokens": [tokens]}, {})

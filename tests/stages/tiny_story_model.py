@@ -41,8 +41,11 @@ def make_rows(films: int = 2, frames: int = 20, heldout: int = 6, faces: bool = 
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    write_token_table(rows, folder / "tokens.parquet", WIDTHS)
-    return folder / "tokens.parquet"
+    """The folder of a table of tokens."""
+    table = folder / "tokens"
+    table.mkdir(parents=True, exist_ok=True)
+    write_token_table([rows], table, WIDTHS)
+    return table
 
 
 def write_trunk(folder: Path) -> str:
@@ -69,7 +72,7 @@ def train(config: TrainAutoregressiveConfig, table: Path, folder: Path, progress
     out, scratch = folder / "out", folder / "scratch"
     out.mkdir(parents=True, exist_ok=True)
     scratch.mkdir(exist_ok=True)
-    return TrainAutoregressive(config)({"tokens": [table]}, out, scratch, progress)
+    return TrainAutoregressive(config)({"tokens": sorted(table.iterdir())}, out, scratch, progress)
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
