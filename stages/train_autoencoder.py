@@ -5,6 +5,7 @@ keyframes. Each begins with the decoder frozen. The frozen models' part is read 
 are reconstructed, and it is measured how often a reconstruction lies nearest to its own keyframe.
 """
 
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -114,8 +115,10 @@ class TrainAutoencoderConfig(TrainerConfig):
         return () if self.pretrained is None else (self.pretrained,)
 
     def recipe(self) -> dict[str, Any]:
-        """Weights enter by what they hold, not by where they lie."""
+        """Weights and pictures enter by what they are, not by where they lie."""
         values = super().recipe()
+        if folder := self.image_phase.images_dir:
+            values["image_phase"] |= {"images_dir": _digest_listing(folder)}
         if self.pretrained is None:
             return values
         values = {name: value for name, value in values.items() if name not in SMALL_DECODER}
@@ -351,7 +354,18 @@ class TrainAutoencoder:
         return measure_reconstructions(model, [film for film, _ in keys], trained, keyframes, made)
 
 
+def _digest_listing(folder: Path) -> str:
+    """What tells a folder of pictures apart: their names and sizes; reading millions of them would take hours."""
+    listing = "".join(f"{path.relative_to(folder)} {path.stat().st_size};" for path in _find_pictures(folder))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
 def _find_pictures(folder: Path) -> list[Path]:
+    """Those below a folder, in order.
+
+    Raises:
+        UsageError: There is none.
+    """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not found:
         raise UsageError(f"images_dir {folder} holds no picture: expected {', '.join(sorted(PICTURE_SUFFIXES))} files")

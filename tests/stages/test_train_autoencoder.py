@@ -141,6 +141,20 @@ def test_what_changes_nothing_is_not_in_the_recipe():
     assert "layers" not in large.recipe()
 
 
+def test_a_folder_of_pictures_may_be_moved_and_is_told_apart_by_what_it_holds(tmp_path):
+    def recipe(folder):
+        phase = {**TINY["image_phase"], "data": "images", "images_dir": folder}
+        return TrainAutoencoderConfig(**{**TINY, "image_phase": phase}).recipe()
+
+    (tmp_path / "here").mkdir()
+    Image.new("RGB", (20, 30)).save(tmp_path / "here" / "a.png")
+    before = recipe(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert recipe(tmp_path / "there") == before
+    Image.new("RGB", (20, 30)).save(tmp_path / "there" / "b.png")
+    assert recipe(tmp_path / "there") != before
+
+
 def test_an_empty_folder_of_pictures_is_named(inputs, tmp_path):
     (tmp_path / "nothing").mkdir()
     phase = {**TINY["image_phase"], "data": "images", "images_dir": tmp_path / "nothing"}
