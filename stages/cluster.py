@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stages.engine import UnitProgress, Work
+from stages.engine import UnitProgress, Work, group_units
 from stages.errors import ComputationError
 from stages.spec import StageConfig, StageSpec
 from stages.worker import Unit, UnitResult, Worker, WorkerSettings
@@ -31,31 +31,31 @@ LAUNCHER_CPUS = 0.1
 
 
 class Board:
-    """An actor beside the driver: how far each running unit is, and which hand-outs of units no longer count."""
+    """An actor beside the driver: how far each hand-out of units is, and which of them no longer count."""
 
     def __init__(self) -> None:
-        self._latest: dict[tuple[str, int], tuple[int, int, str]] = {}
+        self._latest: dict[str, tuple[int, int, str]] = {}
         self._revoked: set[str] = set()
 
     def revoke(self, token: str) -> None:
-        """A unit that was handed out under this token is given to another worker."""
+        """What was handed out under this token is given to another worker."""
         self._revoked.add(token)
 
     def holds(self, token: str) -> bool:
-        """Whether a worker may still store what it made of the unit that it was handed under this token."""
+        """Whether a worker may still store what it made of the units that it was handed under this token."""
         return token not in self._revoked
 
-    def post(self, key: tuple[str, int], done: int, total: int, message: str) -> None:
+    def post(self, token: str, done: int, total: int, message: str) -> None:
         """A worker says how far it is."""
-        self._latest[key] = (done, total, message)
+        self._latest[token] = (done, total, message)
 
-    def read(self) -> dict[tuple[str, int], tuple[int, int, str]]:
-        """The latest word on every unit."""
+    def read(self) -> dict[str, tuple[int, int, str]]:
+        """The latest word on every hand-out."""
         return dict(self._latest)
 
-    def clear(self, key: tuple[str, int]) -> None:
-        """Forget a unit that has ended."""
-        self._latest.pop(key, None)
+    def clear(self, token: str) -> None:
+        """Forget a hand-out that has ended."""
+        self._latest.pop(token, None)
 
 
 class RemoteWorker:
@@ -64,8 +64,8 @@ class RemoteWorker:
     def __init__(self, settings: WorkerSettings, board: Any) -> None:
         self._worker, self._board = Worker(settings), board
 
-    def run(self, spec: StageSpec, config: StageConfig, unit: Unit, token: str) -> UnitResult:
-        """See `Worker.run`. A worker that cannot reach the board stores nothing."""
+    def run(self, spec: StageSpec, config: StageConfig, units: Sequence[Unit], token: str) -> list[UnitResult]:
+        """See `Worker.run_together`. A worker that cannot reach the board stores nothing."""
         import ray
 
         last = 0.0
@@ -74,9 +74,9 @@ class RemoteWorker:
             nonlocal last
             if (now := time.monotonic()) - last >= POLL_S:
                 last = now
-                self._board.post.remote((unit.subject, unit.index), done, total, message)
+                self._board.post.remote(token, done, total, message)
 
-        return self._worker.run(spec, config, unit, post, lambda: ray.get(self._board.holds.remote(token)))
+        return self._worker.run_together(spec, config, units, post, lambda: ray.get(self._board.holds.remote(token)))
 
 
 def start_ray(address: str | None, cpus: int | None) -> None:
@@ -150,8 +150,9 @@ class RayExecutor:
         """
         if not units:
             return
-        self._fit(spec, config, len(units))
-        waiting = [(work, unit, 1) for work, unit in reversed(units)]
+        groups = group_units(units)
+        self._fit(spec, config, len(groups))
+        waiting = [(group, 1) for group in reversed(groups)]
         starting = {actor.__ray_ready__.remote(): (actor, 1) for actor in self._pool}
         idle: list[Any] = []
         running: dict[Any, _HandedOut] = {}
@@ -159,27 +160,28 @@ class RayExecutor:
         while waiting or running:
             while idle and waiting:
                 out = _HandedOut(idle.pop(), *waiting.pop(), uuid.uuid4().hex, time.monotonic())
-                running[out.actor.run.remote(spec, out.work.config, out.unit, out.token)] = out
+                running[out.actor.run.remote(spec, out.config, [unit for _, unit in out.group], out.token)] = out
             ready, _ = self._ray.wait([*running, *starting], num_returns=1, timeout=POLL_S)
             idle += [actor for future in ready if future in starting for actor in self._welcome(spec, starting, future)]
             ended = [future for future in ready if future in running]
             for future in [*ended, *self._find_late(spec, running, ended)]:
                 out = running.pop(future)
-                result = self._receive(spec, future, out) if future in ended else self._stop(spec, out)
+                results = self._receive(spec, future, out) if future in ended else self._stop(spec, out)
                 if out.actor in self._pool:
                     idle.append(out.actor)
                 else:
                     self._add(starting)
-                if result is None:
-                    waiting.append((out.work, out.unit, out.attempt + 1))
+                if results is None:
+                    waiting += [((pair,), out.attempt + 1) for pair in reversed(out.group)]
                     continue
-                self._board.clear.remote((out.unit.subject, out.unit.index))
-                finished += out.unit.items
-                yield out.work, out.unit, result, out.attempt
+                self._board.clear.remote(out.token)
+                finished += out.items
+                for (work, unit), result in zip(out.group, results, strict=True):
+                    yield work, unit, result, out.attempt
             self._show(running, finished, total, progress)
 
-    def _receive(self, spec: StageSpec, future: Any, out: "_HandedOut") -> UnitResult | None:
-        """What came of a unit; None where it is to be tried again.
+    def _receive(self, spec: StageSpec, future: Any, out: "_HandedOut") -> list[UnitResult] | None:
+        """What came of units; None where each of them is to be tried again by itself.
 
         Raises:
             StoreFullError, StoreUnavailableError: The worker met what every other would meet too.
@@ -200,30 +202,33 @@ class RayExecutor:
     def _find_late(self, spec: StageSpec, running: dict[Any, "_HandedOut"], ready: Sequence[Any]) -> list[Any]:
         now = time.monotonic()
         return [
-            f for f, out in running.items() if f not in ready and now - out.since > _time_limit(spec, out.work.config)
+            f
+            for f, out in running.items()
+            if f not in ready and now - out.since > len(out.group) * _time_limit(spec, out.config)
         ]
 
-    def _stop(self, spec: StageSpec, out: "_HandedOut") -> UnitResult | None:
-        limit = _time_limit(spec, out.work.config)
+    def _stop(self, spec: StageSpec, out: "_HandedOut") -> list[UnitResult] | None:
+        limit = _time_limit(spec, out.config)
         return self._take_back(spec, out, f"took longer than its time limit ({spec.name}.time_limit_s={limit:g})")
 
-    def _take_back(self, spec: StageSpec, out: "_HandedOut", why: str) -> UnitResult | None:
-        """Make sure that the worker stores nothing any more; None where the unit is to be tried again."""
+    def _take_back(self, spec: StageSpec, out: "_HandedOut", why: str) -> list[UnitResult] | None:
+        """Make sure that the worker stores nothing any more; None where its units are to be tried again."""
         self._ray.get(self._board.revoke.remote(out.token))
         self._ray.kill(out.actor)
         self._pool.remove(out.actor)
-        log.warning("%s: %s unit %d %s", spec.name, out.unit.subject, out.unit.index, why)
+        for _, unit in out.group:
+            log.warning("%s: %s unit %d %s", spec.name, unit.subject, unit.index, why)
         if out.attempt < MAX_DEATHS:
             return None
-        return UnitResult(error=f"{why} (tried {MAX_DEATHS} times)")
+        return [UnitResult(error=f"{why} (tried {MAX_DEATHS} times)")] * len(out.group)
 
     def _show(self, running: dict, finished: float, total: float, progress: UnitProgress) -> None:
         latest = self._ray.get(self._board.read.remote())
         done, message = finished, ""
         for out in running.values():
-            if (out.unit.subject, out.unit.index) in latest:
-                at, of, text = latest[out.unit.subject, out.unit.index]
-                done += out.unit.items * at / max(of, 1)
+            if out.token in latest:
+                at, of, text = latest[out.token]
+                done += out.items * at / max(of, 1)
                 message = text or message
         progress(done, total, message)
 
@@ -280,14 +285,23 @@ class RayExecutor:
 
 @dataclass(frozen=True)
 class _HandedOut:
-    """A unit in a worker's hands."""
+    """Units in a worker's hands."""
 
     actor: Any
-    work: Work
-    unit: Unit
+    group: tuple[tuple[Work, Unit], ...]
     attempt: int
     token: str
     since: float
+
+    @property
+    def config(self) -> StageConfig:
+        """Of all of them."""
+        return self.group[0][0].config
+
+    @property
+    def items(self) -> int:
+        """In all of them."""
+        return sum(unit.items for _, unit in self.group)
 
 
 def _time_limit(spec: StageSpec, config: StageConfig) -> float:

@@ -9,6 +9,7 @@ Source: the paper, section 3.3 (equation 5, "Few-shot training for personalized 
 """
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,12 +20,13 @@ from pydantic import Field, model_validator
 
 from models import weights
 from models.script import FrameScript, ScriptError, Story, StoryCharacter, StoryFrame, load_story
-from stages.errors import MissingInputError, StoryError
+from stages.errors import MissingInputError, MoviedreamerError, StoryError
 from stages.face_choice import FaceChoice
-from stages.spec import Inputs, Progress, StageConfig, StageSpec
+from stages.spec import Inputs, Progress, StageConfig, StageSpec, neutral
 
 if TYPE_CHECKING:
     from models.autoregressive import AutoregressiveModel
+    from models.generation import Prompt
     from models.sequence import Frame
     from models.token_table import TokenTable
 
@@ -52,6 +54,11 @@ class DreamConfig(StageConfig):
         "float32", description="of the language model's weights; the mixture head stays float32"
     )
     seed: int = Field(0, ge=0, description="of everything random")
+    batch_stories: int = neutral(16, "stories dreamed at once, of those asked for together; each takes memory", ge=1)
+
+    def subjects_at_once(self) -> int:
+        """Several stories are one batch."""
+        return self.batch_stories
 
     @model_validator(mode="after")
     def _check_window(self) -> "DreamConfig":
@@ -127,40 +134,51 @@ class Dream:
             StoryError: The story, a face or a reference picture cannot be used.
             MissingInputError: The model or the tokens of a film that is named are not there.
         """
-        from models.generation import Sampling, generate
+        (came,) = self.together([(inputs, out)], progress)
+        if isinstance(came, Exception):
+            raise came
+        return came
 
-        story = _read_story(next(path for path in inputs["story"] if path.suffix == ".json"))
-        references = self._encode_references(inputs)  # before the story model takes the memory
-        model = self._load_model(inputs)
-        table = self._load_table(inputs)
-        frames = self._build_frames(story, model, table)
-        history = self._continue_from(table, model)
-        tokens = generate(
-            model,
-            frames,
-            history=history,
-            references=references,
-            seed=self._config.seed,
-            sampling=Sampling(**{name: getattr(self._config, name) for name in Sampling.__dataclass_fields__}),
-            progress=lambda done, total: progress(done, total, f"keyframe {done} of {total}"),
-        )
-        rows = [_row(*values) for values in zip(itertools.count(), story.shot_indices(), story.frames, frames, tokens)]
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out / "dream.parquet", compression="zstd")
-        mode = [word for word, given in (("continue", history), ("few-shot", references)) if given]
-        return {
-            "frames": len(rows),
-            "mode": " ".join(mode) or "zero-shot",
-            "references": len(references),
-            "history": len(history),
-        }
+    def together(
+        self, jobs: Sequence[tuple[Inputs, Path]], progress: Progress
+    ) -> list[dict[str, Any] | MoviedreamerError]:
+        """`__call__` for several stories at once: those that one model is to dream are one batch.
 
-    def _load_model(self, inputs: Inputs) -> "AutoregressiveModel":
+        Returns:
+            For each story its summary, or the error that concerns it alone.
+        """
         from models.autoregressive import load_autoregressive
+        from models.generation import Prompt, Sampling, generate_many
 
-        path = next((path for path in inputs.get("autoregressive", []) if path.suffix == ".safetensors"), None)
-        if path is None:
-            raise MissingInputError("there is no trained story model: run `moviedreamer train` first")
-        return load_autoregressive(path, self._device, self._config.precision)
+        came: list[dict[str, Any] | MoviedreamerError] = [{} for _ in jobs]
+        opened: dict[tuple[Path, ...], dict[int, tuple[Story, list[np.ndarray]]]] = {}
+        for index, (inputs, _) in enumerate(jobs):
+            try:
+                story, shared = _read_story(inputs), (_find_model(inputs), *map(Path.resolve, inputs.get("tokens", [])))
+                references = self._encode_references(inputs)  # before the story model takes the memory
+                opened.setdefault(shared, {})[index] = story, references
+            except MoviedreamerError as error:
+                came[index] = error
+        sampling = Sampling(**{name: getattr(self._config, name) for name in Sampling.__dataclass_fields__})
+        for (model_file, *_), stories in opened.items():
+            model = load_autoregressive(model_file, self._device, self._config.precision)
+            table = self._load_table(jobs[min(stories)][0])
+            prompts: dict[int, Prompt] = {}
+            for index, (story, references) in stories.items():
+                try:
+                    frames, history = self._build_frames(story, model, table), self._continue_from(table, model)
+                    prompts[index] = Prompt(frames, history, references, self._config.seed)
+                except MoviedreamerError as error:
+                    came[index] = error
+            tokens = generate_many(
+                model,
+                list(prompts.values()),
+                sampling,
+                lambda done, total: progress(done, total, f"keyframe {done} of {total}"),
+            )
+            for (index, prompt), made in zip(prompts.items(), tokens, strict=True):
+                came[index] = _write_dream(stories[index][0], prompt, made, jobs[index][1])
+        return came
 
     def _load_table(self, inputs: Inputs) -> "TokenTable | None":
         from models.token_table import TokenTable
@@ -242,9 +260,17 @@ class Dream:
         return [autoencoder.encode(picture.to(self._device))[0].cpu().numpy() for picture in pictures]
 
 
-def _read_story(path: Path) -> Story:
+def _find_model(inputs: Inputs) -> Path:
+    """The story model's file itself: the same for all stories that it is to dream."""
+    path = next((path for path in inputs.get("autoregressive", []) if path.suffix == ".safetensors"), None)
+    if path is None:
+        raise MissingInputError("there is no trained story model: run `moviedreamer train` first")
+    return path.resolve()
+
+
+def _read_story(inputs: Inputs) -> Story:
     try:
-        return load_story(path)
+        return load_story(next(path for path in inputs["story"] if path.suffix == ".json"))
     except ScriptError as error:
         raise StoryError(str(error)) from error
 
@@ -295,6 +321,20 @@ def _check_width(what: str, found: set[int], expected: int) -> None:
             f"{what} embeddings of {wrong.pop()} numbers do not fit the story model, which takes {expected}: "
             "train it again with this profile"
         )
+
+
+def _write_dream(story: Story, prompt: "Prompt", tokens: np.ndarray, out: Path) -> dict[str, Any]:
+    """Write dream.parquet; returns what is told of it."""
+    told = zip(itertools.count(), story.shot_indices(), story.frames, prompt.frames, tokens)
+    rows = [_row(*values) for values in told]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), out / "dream.parquet", compression="zstd")
+    mode = [word for word, given in (("continue", prompt.history), ("few-shot", prompt.references)) if given]
+    return {
+        "frames": len(rows),
+        "mode": " ".join(mode) or "zero-shot",
+        "references": len(prompt.references),
+        "history": len(prompt.history),
+    }
 
 
 def _row(index: int, shot: int, script: StoryFrame, frame: "Frame", tokens: np.ndarray) -> dict[str, Any]:

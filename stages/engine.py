@@ -3,6 +3,7 @@
 A killed run resumes at the units that are missing: each finished unit is in the catalog before the next is asked for.
 """
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -94,6 +95,15 @@ class Executor(Protocol):
         ...
 
 
+def group_units(units: Sequence[tuple[Work, Unit]]) -> list[tuple[tuple[Work, Unit], ...]]:
+    """Units as workers take them: one by one, or several subjects of a job that takes them at once."""
+    groups: list[tuple[tuple[Work, Unit], ...]] = []
+    for config, found in itertools.groupby(units, key=lambda pair: pair[0].config):
+        alike, most = list(found), config.subjects_at_once()
+        groups += [tuple(alike[start : start + most]) for start in range(0, len(alike), most)]
+    return groups
+
+
 class InlineExecutor:
     """Runs units one after the other in this process."""
 
@@ -105,14 +115,16 @@ class InlineExecutor:
     ) -> Iterator[tuple[Work, Unit, UnitResult, int]]:
         """See `Executor.run`."""
         total, before = sum(unit.items for _, unit in units), 0
-        for work, unit in units:
+        for group in group_units(units):
+            items = sum(unit.items for _, unit in group)
 
-            def report(done: int, of: int, message: str, unit: Unit = unit, before: int = before) -> None:
-                progress(before + unit.items * done / max(of, 1), total, message)
+            def report(done: int, of: int, message: str, items: int = items, before: int = before) -> None:
+                progress(before + items * done / max(of, 1), total, message)
 
-            result = self._worker.run(spec, work.config, unit, report)
-            before += unit.items
-            yield work, unit, result, 1
+            results = self._worker.run_together(spec, group[0][0].config, [unit for _, unit in group], report)
+            before += items
+            for (work, unit), result in zip(group, results, strict=True):
+                yield work, unit, result, 1
 
 
 class Engine:

@@ -6,7 +6,9 @@ the class that does the work. There are two shapes of work:
 * An *item stage* turns rows into rows: `Stage(config, weights_dir)(keyframes=[...], people=[...])` yields exactly
   one `Outcome` for each row (item) of its first input.
 * A *job* turns files into files: `Stage(config, weights_dir)(inputs, out, scratch, progress)` writes its results
-  into `out`, may keep checkpoints in `scratch` (which outlives a killed run), and returns a summary.
+  into `out`, may keep checkpoints in `scratch` (which outlives a killed run), and returns a summary. One that takes
+  several subjects at once (`StageConfig.subjects_at_once`) also has `together(jobs, progress)`: for each pair of
+  `(inputs, out)` it gives, in their order, the summary or the exception that concerns this subject alone.
 
 Neither knows storage, Prefect or Ray.
 """
@@ -62,6 +64,10 @@ class StageConfig(BaseModel):
     def starts_processes(self) -> bool:
         """Whether a job under these settings starts processes that ask for cores and accelerators themselves."""
         return False
+
+    def subjects_at_once(self) -> int:
+        """Most subjects that a worker takes at once of a job under these settings."""
+        return 1
 
     def weights(self) -> tuple[str, ...]:
         """Weights that these settings need: names in `models.weights.TABLE`, or paths of the user's own."""

@@ -3,13 +3,15 @@
 Only small descriptors come in and go out; the bytes move between the worker and the object store.
 """
 
+import errno
 import itertools
+import logging
 import shutil
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from stages.spec import Fail, Ok, Outcome, Progress, Row, Skip, StageConfig, Sta
 from storage.artifacts import TableWriter, read_rows
 from storage.errors import StorageError, StoreFullError, StoreUnavailableError
 from storage.objects import ObjectStore, StoredFile, download
+
+log = logging.getLogger(__name__)
 
 MayStore = Callable[[], bool]
 """Asked just before results are stored: whether this worker still holds the unit."""
@@ -142,15 +146,30 @@ class Worker:
         started = time.perf_counter()
         try:
             return self.compute(spec, config, unit, progress, may_store)
-        except (StoreFullError, StoreUnavailableError):
-            raise
-        except OSError as error:
-            if error.errno in (28, 122):  # ENOSPC, EDQUOT: everyone's problem, not this unit's
-                raise StoreFullError(f"no space left while computing {spec.name}: {error}; free some space") from error
-            return UnitResult(error=_describe(error), seconds=time.perf_counter() - started, retryable=True)
         except Exception as error:
-            permanent = isinstance(error, FilmError)  # the film itself is bad; all else may work another time
-            return UnitResult(error=_describe(error), seconds=time.perf_counter() - started, retryable=not permanent)
+            return _fail(spec, error, time.perf_counter() - started)
+
+    def run_together(
+        self,
+        spec: StageSpec,
+        config: StageConfig,
+        units: Sequence[Unit],
+        progress: Progress = no_progress,
+        may_store: MayStore = lambda: True,
+    ) -> list[UnitResult]:
+        """Run units of a job that takes several subjects at once; where that fails as a whole, one after the other.
+
+        Raises:
+            StoreFullError, StoreUnavailableError: As `run`.
+        """
+        if len(units) > 1:
+            started = time.perf_counter()
+            try:
+                return self._run_jobs(spec, config, units, progress, may_store)
+            except Exception as error:
+                told = _fail(spec, error, time.perf_counter() - started)
+                log.warning("%s of %d subjects at once, now one by one: %s", spec.name, len(units), told.error)
+        return [self.run(spec, config, unit, progress, may_store) for unit in units]
 
     def compute(
         self,
@@ -178,16 +197,41 @@ class Worker:
         scratch = self._settings.scratch / f"{spec.name}-{unit.fingerprint[:16]}"
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=scratch.parent, prefix=f"{spec.name}-") as folder:
-            inputs = self._link_inputs(unit, Path(folder))
-            out = Path(folder, "out")
-            out.mkdir()
+            inputs, out = self._lay_out(unit, Path(folder))
             summary = job(inputs, out, scratch, progress)
-            paths = sorted(p for p in out.rglob("*") if p.is_file())
-            if not paths:
-                raise StageError(f"{spec.name} wrote no file")
-            _insist(may_store, spec, unit)
-            files = [self._results.put(path, path.relative_to(out).as_posix()) for path in paths]
+            result = self._keep(spec, unit, out, summary, may_store)
         shutil.rmtree(scratch)
+        return result
+
+    def _run_jobs(
+        self, spec: StageSpec, config: StageConfig, units: Sequence[Unit], progress: Progress, may_store: MayStore
+    ) -> list[UnitResult]:
+        """Each unit's result; their time is shared out evenly."""
+        started, job = time.perf_counter(), self._load(spec, config)
+        self._settings.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._settings.scratch, prefix=f"{spec.name}-") as folder:
+            places = [self._lay_out(unit, Path(folder, str(index))) for index, unit in enumerate(units)]
+            results = []
+            for unit, (_, out), came in zip(units, places, job.together(places, progress), strict=True):
+                if isinstance(came, Exception):
+                    results.append(_fail(spec, came, 0.0))
+                else:
+                    results.append(self._keep(spec, unit, out, came, may_store))
+        return [replace(result, seconds=(time.perf_counter() - started) / len(units)) for result in results]
+
+    def _lay_out(self, unit: Unit, folder: Path) -> tuple[dict[str, list[Path]], Path]:
+        """A job's inputs, and the folder for what it makes."""
+        out = folder / "out"
+        out.mkdir(parents=True)
+        return self._link_inputs(unit, folder), out
+
+    def _keep(self, spec: StageSpec, unit: Unit, out: Path, summary: dict[str, Any], may_store: MayStore) -> UnitResult:
+        """Store what a job made."""
+        paths = sorted(p for p in out.rglob("*") if p.is_file())
+        if not paths:
+            raise StageError(f"{spec.name} wrote no file")
+        _insist(may_store, spec, unit)
+        files = [self._results.put(path, path.relative_to(out).as_posix()) for path in paths]
         return UnitResult(tuple(files), {"ok": 1}, summary)
 
     def _link_inputs(self, unit: Unit, folder: Path) -> dict[str, list[Path]]:
@@ -347,6 +391,20 @@ def _write_outcome(outcome: Outcome, table: TableWriter, rejects: TableWriter, c
         case Fail(item=item, error=error, retryable=retryable):
             rejects.write({"item": item, "outcome": "retry" if retryable else "fail", "reason": error})
             counts["retry" if retryable else "fail"] += 1
+
+
+def _fail(spec: StageSpec, error: Exception, seconds: float) -> UnitResult:
+    """The result of a unit that failed.
+
+    Raises:
+        StoreFullError, StoreUnavailableError: Everyone's problem, not this unit's.
+    """
+    if isinstance(error, StoreFullError | StoreUnavailableError):
+        raise error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise StoreFullError(f"no space left while computing {spec.name}: {error}; free some space") from error
+    permanent = isinstance(error, FilmError)  # the film itself is bad; all else may work another time
+    return UnitResult(error=_describe(error), seconds=seconds, retryable=not permanent)
 
 
 def _describe(error: Exception) -> str:

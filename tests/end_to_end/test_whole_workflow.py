@@ -154,13 +154,22 @@ def test_weights_and_numbers_can_be_read_by_machines(home, first_run):
     assert any(row["name"].startswith("reconstruction retrieval") and row["value"] is not None for row in rows)
 
 
-def test_a_story_becomes_a_movie(home, first_run):
+def test_stories_become_movies(home, first_run):
     frame = {"scene_elements": ["This is a long shot."], "plot": ["The picture starts a new shot."]}
     story = {"title": "two frames", "characters": [], "frames": [frame | {"shot": 0}, frame | {"shot": 1}]}
     (home / "a story.json").write_text(json.dumps(story))
+    (home / "another.json").write_text(json.dumps(story | {"frames": [frame] * 3}))
+    (home / "broken.json").write_text("{")
+    stories = ("a story.json", "broken.json", "another.json")
+    done = call("generate", *stories, "--profile", PROFILE, "--out", "my movies", "--json", cwd=home, code=1)
+    told = json.loads(done.stdout)
+    assert told["movies"] == ["my movies/a-story.mp4", "my movies/another.mp4"]
+    assert [(row["subject"], row["stage"]) for row in told["failed"]] == [("broken", "story")]
+    assert (told["computed"]["dream"], told["computed"]["evaluate"]) == (2, 2)
+    for movie in told["movies"]:
+        assert (home / movie).stat().st_size > 1000
     call("generate", "a story.json", "--profile", PROFILE, "--out", "story.mp4", cwd=home)
-    assert (home / "story.mp4").stat().st_size > 1000
-    assert ("movie", "a-story") in artifacts(home)
+    assert (home / "story.mp4").read_bytes() == (home / "my movies" / "a-story.mp4").read_bytes()
 
 
 def test_interrupt_leaves_a_state_from_which_the_next_call_goes_on(home, tmp_path):

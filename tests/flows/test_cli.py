@@ -36,6 +36,7 @@ def call(monkeypatch, capsys, *arguments):
         (["snapshot", "create", "newest"], "a snapshot cannot be called 'newest'"),
         (["snapshot", "diff", "a", "b"], "no snapshot 'a'"),
         (["train", "--snapshot", "a"], "no snapshot 'a'"),
+        (["generate"], "Missing argument"),
         (["generate", "story.json", "--model", "m"], "no model 'm'"),
         (["models", "promote", "m"], "no model 'm'"),
         (["film", "remove", "x.mp4", "--yes"], "no film 'x.mp4'"),

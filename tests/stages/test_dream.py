@@ -116,6 +116,33 @@ def test_same_seed_same_bytes_other_seed_other_tokens(model: list[Path], tmp_pat
     assert a == b != c
 
 
+def test_stories_dreamed_together_are_those_dreamed_alone(
+    model: list[Path], tokens: list[Path], tmp_path: Path
+) -> None:
+    """Of other lengths and with other faces; one that cannot be used fails alone."""
+    stories = {
+        "a": {}, "bad": {"characters": [STORY["characters"][0] | {"film": "none", "character_index": 0}]},
+        "b": {"frames": [{"plot": [f"Part {n}."]} for n in range(5)]},
+        "c": {"characters": [STORY["characters"][0] | {"film": "bikes", "character_index": 0}]},
+    }  # fmt: skip
+    jobs = []
+    for name, changes in stories.items():
+        for folder in (tmp_path / name, tmp_path / f"{name} alone"):
+            folder.mkdir()
+        story = write_story(tmp_path / name, **changes)
+        jobs.append(({"story": [story], "autoregressive": model, "autoencoder": [], "tokens": tokens}, story.parent))
+    came = dict(zip(stories, Dream(DreamConfig()).together(jobs, no_progress), strict=True))
+    assert isinstance(came["bad"], StoryError) and not (tmp_path / "bad" / "dream.parquet").exists()
+    for (inputs, out), name in zip(jobs, stories, strict=True):
+        if name != "bad":
+            summary, alone = dream(tmp_path / f"{name} alone", inputs)
+            assert came[name] == summary
+            together = pq.read_table(out / "dream.parquet").to_pylist()
+            for one, other in zip(together, alone, strict=True):
+                np.testing.assert_allclose(one.pop("tokens"), other.pop("tokens"), atol=1e-4)
+                assert one == other
+
+
 def test_story_longer_than_the_window(model: list[Path], tmp_path: Path) -> None:
     story = write_story(tmp_path, frames=[{"plot": [f"Part {n}."]} for n in range(9)])
     settings = {"window_frames": 4, "overlap_frames": 1}

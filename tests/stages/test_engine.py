@@ -10,7 +10,16 @@ from storage.artifacts import read_rows
 from storage.catalog import Catalog
 from storage.garbage import find_loose_objects
 from storage.objects import ObjectStore
-from tests.stages.tiny_stages import COUNT, DOUBLE, TOTAL, CountConfig, DoubleConfig, TotalConfig
+from tests.stages.tiny_stages import (
+    COUNT,
+    DOUBLE,
+    TELL,
+    TOTAL,
+    CountConfig,
+    DoubleConfig,
+    TellConfig,
+    TotalConfig,
+)
 
 
 class Bench:
@@ -35,6 +44,10 @@ class Bench:
 
     def double(self, counted, **config):
         return self.run([Work(DOUBLE, DoubleConfig(**config), f, {"count": [a]}, {}) for f, a in counted.done.items()])
+
+    def tell(self, *films, **config):
+        counted = self.count(*films)
+        return self.run([Work(TELL, TellConfig(**config), f, {"count": [counted.done[f]]}, {}) for f in films])
 
 
 @pytest.fixture
@@ -147,6 +160,29 @@ def test_job_resumes_from_its_scratch(bench):
     assert json.loads(bench.store.path(artifact.file("total.json")).read_text()) == {"total": 270}
 
 
+def at_once(report):
+    return {subject: artifact.summary["at_once"] for subject, artifact in report.done.items()}
+
+
+def test_a_job_takes_several_subjects_at_once_and_each_has_its_own_artifact(bench):
+    report = bench.tell("a", "b", "c", "d")
+    assert at_once(report) == {"a": 3, "b": 3, "c": 3, "d": 1}
+    for subject, artifact in report.done.items():
+        assert bench.store.path(artifact.file("told.txt")).read_text() == subject
+    assert at_once(bench.tell("e", "f", at_once=1)) == {"e": 1, "f": 1}
+
+
+def test_one_of_several_subjects_fails_alone(bench):
+    report = bench.tell("a", "wrong", "c")
+    assert at_once(report) == {"a": 3, "c": 3}
+    assert report.failed == {"wrong": "film wrong cannot be told"}
+
+
+def test_subjects_that_fail_together_are_computed_one_by_one(bench, caplog):
+    assert at_once(bench.tell("a", "too many", "c")) == {"a": 1, "too many": 1, "c": 1}
+    assert "tell of 3 subjects at once, now one by one" in caplog.text
+
+
 def test_same_work_gives_the_same_digests(tmp_path):
     digests = []
     for run in "ab":
@@ -201,6 +237,12 @@ def test_ray_gives_a_unit_up_after_three_deaths(ray_bench):
     assert list(report.done) == ["lives"]
 
 
+def test_ray_tries_the_subjects_of_a_dead_worker_one_by_one(ray_bench):
+    report = ray_bench.tell("before", "dies", "after", "another")
+    assert at_once(report) == {"before": 1, "after": 1, "another": 1}
+    assert "killed its worker" in report.failed["dies"]
+
+
 def test_ray_stops_a_unit_that_hangs(ray_bench):
     counted = ray_bench.count("hangs", "goes on")
     works = [
@@ -221,11 +263,11 @@ def test_a_worker_that_comes_back_late_stores_nothing(ray_bench):
     before = ray_bench.store.keys()
     board = ray.remote(Board).options(num_cpus=0).remote()
     worker = ray.remote(RemoteWorker).options(num_cpus=0).remote(ray_bench.settings, board)
-    late = worker.run.remote(DOUBLE, work.config, unit, "first try")
+    late = worker.run.remote(DOUBLE, work.config, [unit], "first try")
     board.revoke.remote("first try")
-    assert "was given to another worker meanwhile" in ray.get(late).error
+    assert "was given to another worker meanwhile" in ray.get(late)[0].error
     assert ray_bench.store.keys() == before
-    assert ray.get(worker.run.remote(DOUBLE, work.config, unit, "second try")).error is None
+    assert ray.get(worker.run.remote(DOUBLE, work.config, [unit], "second try"))[0].error is None
 
 
 def test_items_whose_own_inputs_did_not_change_are_not_computed_again(bench, tmp_path):

@@ -116,4 +116,43 @@ class Total:
         return {"total": sum(steps), "resumed": int((scratch / "stopped").exists())}
 
 
+class TellConfig(StageConfig):
+    at_once: int = neutral(3, "subjects at once")
+
+    def subjects_at_once(self) -> int:
+        return self.at_once
+
+
+class Tell:
+    """A job that takes several subjects at once, and tells how many there were. Odd subjects break it on purpose."""
+
+    def __init__(self, config: TellConfig, weights_dir: Path | None = None) -> None:
+        pass
+
+    def __call__(self, inputs: Inputs, out: Path, scratch: Path, progress: Progress) -> dict[str, int]:
+        (came,) = self.together([(inputs, out)], progress)
+        if isinstance(came, Exception):
+            raise came
+        return came
+
+    def together(self, jobs: list[tuple[Inputs, Path]], progress: Progress) -> list[dict[str, int] | Exception]:
+        import pyarrow.parquet as pq
+
+        came: list[dict[str, int] | Exception] = []
+        for index, (inputs, out) in enumerate(jobs):
+            film = pq.read_table(inputs["count"][0])["film_id"][0].as_py()
+            if film == "dies":
+                os._exit(1)
+            if film == "too many" and len(jobs) > 1:
+                raise RuntimeError("they do not fit")
+            if film == "wrong":
+                came.append(FilmError("film wrong cannot be told"))
+                continue
+            (out / "told.txt").write_text(film)
+            came.append({"at_once": len(jobs)})
+            progress(index + 1, len(jobs), film)
+        return came
+
+
+TELL = StageSpec("tell", 1, "tests.stages.tiny_stages:Tell", ("count",), "tell", scope="set")
 TOTAL = StageSpec("total", 1, "tests.stages.tiny_stages:Total", ("double",), "total", scope="set")
