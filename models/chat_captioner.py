@@ -37,6 +37,8 @@ MIN_SPREAD = 0.02
 CHANCE_DEVIATIONS = 2.0
 """By how many standard deviations the mean rank has to exceed what chance gives."""
 GREY = 127
+_CONTROL_TO_SPACE = dict.fromkeys(range(32), " ")
+"""Between JSON's values they are white space; within its texts they are forbidden, and vLLM lets models write them."""
 
 
 class AlignmentError(Exception):
@@ -200,6 +202,7 @@ def parse_json_object(text: str) -> dict[str, Any]:
     Raises:
         ValueError: There is none; says why.
     """
+    text = text.translate(_CONTROL_TO_SPACE)
     start, end = text.find("{"), text.rfind("}")
     try:
         value = json.loads(text[start : end + 1] if 0 <= start < end else text)
