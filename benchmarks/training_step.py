@@ -3,6 +3,7 @@
     python benchmarks/training_step.py [--device cpu] [--trunk-size small] [--hidden 512] [--layers 4]
         [--positions 1024] [--batch 1] [--mask-probability 0.15] [--residual-dropout 0.5] [--precision float32]
         [--checkpointing] [--repetitions 7] [--loader-steps 20] [--loader-workers 2] [--json]
+    python benchmarks/training_step.py --fake    # arithmetic and memory of both at 7B, on tensors that hold nothing
 
 Both sides train the same LLaMA trunk on sequences of the same length: ours with projected inputs, frame tokens, the
 mixture head and the paper's losses; the peer as its makers do, from words, with the cross-entropy over 32,000 words.
@@ -34,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from models.footprint import measure
 from models.language_model import build_language_model
 from models.processes import autocast
 from models.script import Character, FrameScript
@@ -41,6 +43,7 @@ from models.sequence import Frame, SequenceBatch, build_sequence, collate_sequen
 from models.token_table import TokenTable, write_token_table
 from models.training import TrainingRun
 from models.training_windows import TrainingWindows, WindowSettings, load_windows
+from models.training_workloads import FRAME, StepSettings, Training, story_step
 
 WIDTHS = {"tokens_per_frame": 2, "token_dim": 1024, "text_width": 768, "face_width": 512}
 WORDS = 32_000
@@ -229,6 +232,36 @@ def measure_loader(call: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def measure_fakes() -> dict[str, Any]:
+    """A step of both at the size of LLaMA2-7B, on as many positions as 128 keyframes take."""
+    settings = StepSettings()
+    ours = story_step(settings)
+    story = measure(lambda: ours.build("cpu"), ours.run)
+    positions = 128 * len(FRAME) + 10 * WIDTHS["tokens_per_frame"]  # after ten references
+    language = measure(lambda: _build_language_step(settings, positions), lambda training: training())
+    return {
+        "positions": positions,
+        "tflops": round(story.flops / 1e12, 1),
+        "peer_tflops": round(language.flops / 1e12, 1),
+        "arithmetic_ratio": round(story.flops / language.flops, 4),
+        "peak_gib": round(story.peak_bytes / 2**30, 2),
+        "peer_peak_gib": round(language.peak_bytes / 2**30, 2),
+    }
+
+
+def _build_language_step(settings: StepSettings, positions: int) -> Training:
+    described = describe_trunk(**LLAMA2_7B, positions=positions)
+    model = LlamaForCausalLM(LlamaConfig(**described, attn_implementation="sdpa")).float().train()
+    model.model.activation_checkpointing_enable()
+    words = torch.zeros(settings.batch, positions, dtype=torch.long)
+
+    def loss() -> torch.Tensor:
+        with autocast("cpu", settings.precision):
+            return model(input_ids=words, labels=words, use_cache=False).loss
+
+    return Training(model, model.model.layers, lambda: [dict(model.named_parameters())], loss, settings)
+
+
 def main() -> None:
     """Parse the call, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -246,7 +279,11 @@ def main() -> None:
     parser.add_argument("--loader-steps", type=int, default=20)
     parser.add_argument("--loader-workers", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
+    parser.add_argument("--fake", action="store_true")
     call = parser.parse_args()
+    if call.fake:
+        print(json.dumps(measure_fakes()))
+        return
     if call.trunk_size == "7b":
         vars(call).update(LLAMA2_7B)
     result = measure_steps(call) | measure_loader(call)
