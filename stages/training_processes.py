@@ -38,9 +38,12 @@ class _Task:
     body: Body
     processes: int
     folder: Path
+    started_in: Path
 
     def run(self, index: int) -> None:
         """Within a process group: do the work, and leave what came of it in the folder."""
+        if self.started_in.is_dir():
+            os.chdir(self.started_in)  # Ray Train has its own; relative paths of weights and logs are meant from here
         if not self.folder.is_dir():
             raise ComputationError(
                 f"a training process sees no {self.folder}: processes on several hosts need a workspace whose scratch "
@@ -90,7 +93,7 @@ def run_processes(body: Body, processes: int, cpus: float, shared: Path, progres
         watcher = threading.Thread(target=_watch, args=(folder, progress, over))
         watcher.start()
         try:
-            launch(_Task(body, processes, folder), cpus)
+            launch(_Task(body, processes, folder, Path.cwd()), cpus)
         except ComputationError:
             raise
         except Exception as error:

@@ -101,14 +101,16 @@ def test_steps_that_processes_cannot_share(trunk: str, settings: dict[str, int],
 
 
 @pytest.mark.slow
-def test_ray_train_equals_one_process(trunk: str, tmp_path: Path) -> None:
+def test_ray_train_equals_one_process(trunk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with weights at a relative path, though Ray Train's processes work in a folder of their own."""
     pytest.importorskip("pandas")  # which Ray Train needs
+    monkeypatch.chdir(Path(trunk).parent)
     table = write_rows(tmp_path, make_rows())
     train(make_config(trunk, micro_batches=2), table, tmp_path / "one")
     store = ObjectStore(str(tmp_path / "objects"), tmp_path / "cache")
     files = tuple(store.put(path, path.name) for path in sorted(table.iterdir()))
     tokens = Artifact("tokens-x", "tokens", "set", "f", content_digest(files), {}, files, ())
-    config = make_config(trunk, micro_batches=2, processes=2)
+    config = make_config(Path(trunk).name, micro_batches=2, processes=2)
     work = Work(SPEC, config, "set", {"tokens": [tokens]}, {})
     executor = RayExecutor(WorkerSettings(str(tmp_path / "objects"), tmp_path / "scratch", None), None, 2)
     told: list[Any] = []
