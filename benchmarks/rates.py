@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flows.needs import CACHE_DIR, rates_path
 from models import training_workloads, workloads
-from models.autoencoder import Architecture
+from models.autoencoder_sizes import Architecture
 from models.published_sizes import PUBLISHED, TINY
 from models.training_workloads import StepSettings
 from models.workloads import Workload

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flows.profile import Profile
 
 if TYPE_CHECKING:
-    from models.autoencoder import Architecture
+    from models.autoencoder_sizes import Architecture
     from models.processes import Precision
     from models.workloads import Workload
 
@@ -179,7 +179,7 @@ _INFERENCE: dict[str, Callable[[Profile], Iterator[Load]]] = {
 
 def _architecture(profile: Profile) -> "Architecture | None":
     """The autoencoder's, where its frozen models' sizes are known."""
-    from models.autoencoder import Architecture
+    from models.autoencoder_sizes import Architecture
     from models.training_workloads import published_space
 
     config = profile.features

@@ -5,17 +5,14 @@ cross-attention entries; cross = their width (2048).
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.autoencoder_sizes import Architecture
 from models.pretrained import load_diffusers, read_diffusers_config
-
-if TYPE_CHECKING:
-    from models.autoencoder import Architecture
 
 TIME_IDS = 6
 """Numbers that tell SDXL a picture's size: of the original, of the crop's corner, of the target."""
@@ -35,7 +32,7 @@ class SdxlDecoder(nn.Module):
         ValueError: The UNet takes no pooled text, so it is not SDXL's.
     """
 
-    def __init__(self, architecture: "Architecture", unet: UNet2DConditionModel) -> None:
+    def __init__(self, architecture: Architecture, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet = unet
         found = unet.config

@@ -5,7 +5,6 @@ cross-attention entries; cross = their width.
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -13,10 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.autoencoder_sizes import Architecture
 from models.diffusion import NoiseSchedule
-
-if TYPE_CHECKING:
-    from models.autoencoder import Architecture
 
 SPREAD_START = -0.25  # a variance of exp(-1): drafts are poor at first
 
@@ -34,7 +31,7 @@ class Draft(nn.Module):
 
     frequency = 2.0  # at 5, guesses from slightly wrong tokens fall apart: 20 dB instead of 28 at an error of 0.2
 
-    def __init__(self, architecture: "Architecture", shape: tuple[int, int, int]):
+    def __init__(self, architecture: Architecture, shape: tuple[int, int, int]):
         super().__init__()
         inputs = architecture.tokens * architecture.token_dim
         self.register_buffer("mean", torch.zeros(shape))
@@ -85,7 +82,7 @@ class SmallDecoder(nn.Module):
     Source: section 3.2 and appendix A, at a size that a CPU trains. Attention only at the lowest resolution.
     """
 
-    def __init__(self, architecture: "Architecture", schedule: NoiseSchedule):
+    def __init__(self, architecture: Architecture, schedule: NoiseSchedule):
         super().__init__()
         a = architecture
         self.cross_dim, latent_channels = a.cross_dim, a.space.latent_channels

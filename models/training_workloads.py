@@ -17,7 +17,8 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from models.autoencoder import Architecture, Autoencoder, Compressor, sharded_parts
+from models.autoencoder import Autoencoder, Compressor, sharded_parts
+from models.autoencoder_sizes import Architecture
 from models.autoregressive import AutoregressiveConfig, AutoregressiveModel, halve_trunk
 from models.feature_table import FeatureSpace
 from models.footprint import FLOAT32, gathered_bytes, state_bytes

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from stages.errors import MissingInputError
+from stages.reuse import Earlier
 from stages.spec import StageConfig, StageSpec
-from stages.worker import Earlier, Unit, UnitResult, Worker, WorkerSettings
+from stages.worker import Unit, UnitResult, Worker, WorkerSettings
 from storage.artifacts import Artifact, Recipe, artifact_id, content_digest, read_rows
 from storage.catalog import Catalog
 from storage.objects import ObjectStore, StoredFile

@@ -223,7 +223,8 @@ class TrainAutoencoder:
         return metrics
 
     def _build(self, films: "FeatureTable", with_weights: bool) -> "Autoencoder":
-        from models.autoencoder import Architecture, Autoencoder
+        from models.autoencoder import Autoencoder
+        from models.autoencoder_sizes import Architecture
         from models.pretrained import choose_device
 
         architecture = Architecture.from_settings(self.config, films.space)

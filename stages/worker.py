@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.errors import ComputationError, FilmError, MoviedreamerError, StageError
+from stages.reuse import Earlier, find_kept
 from stages.spec import Fail, Ok, Outcome, Progress, Row, Skip, StageConfig, StageSpec, no_progress
 from storage.artifacts import TableWriter, read_rows
 from storage.errors import StorageError, StoreFullError, StoreUnavailableError
@@ -32,19 +33,6 @@ MayStore = Callable[[], bool]
 
 REJECTS = pa.schema([("item", pa.string()), ("outcome", pa.string()), ("reason", pa.string())])
 PART_ROWS = 256
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What the same stage with the same settings made of the same subject from other inputs.
-
-    Attributes:
-        inputs: Role to the files that it read.
-        files: What it wrote, rejects included.
-    """
-
-    inputs: dict[str, tuple[StoredFile, ...]]
-    files: tuple[StoredFile, ...]
 
 
 @dataclass(frozen=True)
@@ -249,7 +237,7 @@ class Worker:
         self, spec: StageSpec, stage: Any, unit: Unit, progress: Progress, may_store: MayStore
     ) -> UnitResult:
         items, others = self._read_inputs(spec, unit)
-        kept = self._reuse(spec, unit.earlier, items, others) if unit.earlier else {}
+        kept = find_kept(self._store, spec, unit.earlier, items, others) if unit.earlier and items else {}
         todo = [row for row in items if spec.item_of(row) not in kept]
         if kept:
             frames = {row["frame_index"] for row in todo}
@@ -271,32 +259,6 @@ class Worker:
                 self._results.put(path, f"{path.stem}-{unit.index:05d}{path.suffix}", rows) for path, rows in parts
             ]
         return UnitResult(tuple(sorted(files, key=lambda f: f.name)), dict(counts), reused=len(kept))
-
-    def _reuse(
-        self, spec: StageSpec, earlier: Earlier, items: list[Row], others: dict[str, list[Row]]
-    ) -> dict[str, Outcome]:
-        """Earlier outcomes of the items whose own row and whose frame's rows of the other inputs are as they were."""
-        if not items:
-            return {}
-        frames = [row["frame_index"] for row in items]
-        span = min(frames), max(frames)
-        first, *rest = spec.inputs
-        before = {row["frame_index"]: row for row in read_rows(self._store, earlier.inputs[first], span)}
-        now = {role: _by_frame(rows) for role, rows in others.items()}
-        then = {role: _by_frame(read_rows(self._store, earlier.inputs[role], span)) for role in rest}
-        rejects = [f for f in earlier.files if f.name.startswith("rejects-")]
-        rejected = {row["item"]: row for row in read_rows(self._store, rejects)}
-        made = _by_frame(read_rows(self._store, [f for f in earlier.files if f not in rejects], span))
-        kept: dict[str, Outcome] = {}
-        for row in items:
-            item, frame = spec.item_of(row), row["frame_index"]
-            if before.get(frame) != row or any(now[role].get(frame) != then[role].get(frame) for role in rest):
-                continue
-            if item not in rejected:
-                kept[item] = Ok(item, made.get(frame, []))
-            elif rejected[item]["outcome"] == "skip":
-                kept[item] = Skip(item, rejected[item]["reason"])
-        return kept
 
     def _localize(self, row: Row) -> Row:
         """A film in a bucket is fetched by the worker that reads it."""
@@ -338,13 +300,6 @@ def _merged(order: list[str], kept: dict[str, Outcome], computed: Iterator[Outco
         else:
             yield from itertools.islice(computed, 1)
     yield from computed
-
-
-def _by_frame(rows: Iterable[Row]) -> dict[int, list[Row]]:
-    frames: dict[int, list[Row]] = {}
-    for row in rows:
-        frames.setdefault(row["frame_index"], []).append(row)
-    return frames
 
 
 def _insist(may_store: MayStore, spec: StageSpec, unit: Unit) -> None:

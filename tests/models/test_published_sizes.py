@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from models import training_workloads, workloads
-from models.autoencoder import Architecture
+from models.autoencoder_sizes import Architecture
 from models.published_sizes import PUBLISHED, TINY
 from models.training_workloads import StepSettings
 from models.weights_table import TABLE

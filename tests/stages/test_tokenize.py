@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.autoencoder import Architecture, Autoencoder, load_autoencoder, save_autoencoder
+from models.autoencoder import Autoencoder, load_autoencoder, save_autoencoder
+from models.autoencoder_sizes import Architecture
 from models.feature_table import FeatureTable
 from models.script import Character, FrameScript
 from models.token_table import TokenTable

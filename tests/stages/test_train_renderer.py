@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.autoencoder import Architecture, Autoencoder, save_autoencoder
+from models.autoencoder import Autoencoder, save_autoencoder
+from models.autoencoder_sizes import Architecture
 from models.feature_table import describe_space
 from models.script import FrameScript
 from models.token_table import write_token_table
