@@ -2,21 +2,17 @@
 
 import io
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from models.frames import read_frames
+from models.pictures import MAX_PIXELS, PictureError, read_picture_file
 from models.video import Limits, VideoError, open_film
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-LIMITS = Limits(max_duration_s=24 * 3600.0, max_pixels=8192 * 4320)
-
-
-class PictureError(ValueError):
-    """Pictures cannot be used; the message names the place, what was found and what to do."""
+LIMITS = Limits(max_duration_s=24 * 3600.0, max_pixels=MAX_PIXELS)
 
 
 def read_pictures(place: Path, count: int) -> Iterator[bytes]:
@@ -52,27 +48,7 @@ def _read_folder(folder: Path, count: int) -> Iterator[bytes]:
             "the order of their names"
         )
     for path in sorted(paths, key=_by_number):
-        yield _read_picture(path)
-
-
-def _read_picture(path: Path) -> bytes:
-    """A file's bytes, once they were decoded whole; what claims to be huge is refused before it is."""
-    try:
-        encoded = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            picture = Image.open(io.BytesIO(encoded))
-        with picture:
-            if picture.width * picture.height > LIMITS.max_pixels:
-                raise Image.DecompressionBombError(f"it is {picture.width} x {picture.height}")
-            picture.load()
-    except Image.DecompressionBombError as error:
-        raise PictureError(
-            f"{path} has more than {LIMITS.max_pixels} pixels ({error}): scale the picture down"
-        ) from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise PictureError(f"{path} cannot be read as a picture ({error}): make or copy it again") from error
-    return encoded
+        yield read_picture_file(path)
 
 
 def _by_number(path: Path) -> list[tuple[int, int, str]]:

@@ -276,9 +276,9 @@ def _read_jpegs(path: Path) -> Iterator[bytes]:
 
 
 def _decode(jpeg: bytes, frame_index: int) -> np.ndarray:
-    import cv2
+    from models.pictures import decode_picture
 
-    picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
+    picture = decode_picture(jpeg)
     if picture is None:
         raise ComputationError(f"the picture of frame {frame_index} is not a JPEG that can be decoded: render it again")
     return picture

@@ -285,13 +285,12 @@ def require_picture(path: Path) -> None:
     Raises:
         StoryError: It is no picture, or not a whole one.
     """
-    from PIL import Image
+    from models.pictures import PictureError, read_picture_file
 
     try:
-        with Image.open(path) as picture:
-            picture.convert("RGB")
-    except Exception as error:  # PIL's, the disk's, and those of each of PIL's decoders
-        raise StoryError(f"{path}: cannot be read as a picture ({error}): give a JPEG or PNG file") from error
+        read_picture_file(path)
+    except PictureError as error:
+        raise StoryError(str(error)) from error
 
 
 def _read_story(inputs: Inputs) -> Story:

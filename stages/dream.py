@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from models.sequence import Frame
     from models.token_table import TokenTable
 
-MAX_PIXELS = 8192 * 4320
-
 
 class DreamConfig(StageConfig):
     """Settings of the dream stage."""
@@ -281,26 +279,14 @@ def _read_picture(path: Path) -> np.ndarray:
     Raises:
         StoryError: It is no picture.
     """
-    import cv2
-    from PIL import Image
+    from models.pictures import PictureError, decode_picture, read_picture_file
 
-    pixels = MAX_PIXELS + 1
     try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise StoryError(f"{path}: cannot be read ({error.strerror}): correct the path") from None
-    try:
-        with Image.open(path) as header:  # OpenCV decodes before it can be asked how large a picture is
-            pixels = header.width * header.height
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        pass
-    except OSError:
-        raise StoryError(f"{path}: not a picture ({len(data)} bytes): give a JPEG or PNG file") from None
-    if pixels > MAX_PIXELS:
-        raise StoryError(f"{path}: more than {MAX_PIXELS:,} pixels: scale the picture down")
-    picture = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+        picture = decode_picture(read_picture_file(path))
+    except PictureError as error:
+        raise StoryError(str(error)) from error
     if picture is None:
-        raise StoryError(f"{path}: not a picture ({len(data)} bytes): give a JPEG or PNG file")
+        raise StoryError(f"{path}: cannot be read as a picture by OpenCV: give a JPEG or PNG file")
     return picture
 
 

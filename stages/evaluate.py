@@ -336,9 +336,9 @@ def _read_keyframes(shards: list[Path], stride: int) -> Iterator[bytes]:
 
 
 def _decode(jpeg: bytes, what: str) -> np.ndarray:
-    import cv2
+    from models.pictures import decode_picture
 
-    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
+    image = decode_picture(jpeg)
     if image is None:
         raise ComputationError(f"a {what} of {len(jpeg)} bytes is not a JPEG that can be decoded: make it again")
     return image

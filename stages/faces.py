@@ -90,9 +90,10 @@ class Faces:
 
     def _look_at(self, keyframe: Row, people: list[Row]) -> Outcome:
         from models.face_embedder import align_face
+        from models.pictures import decode_picture
 
         item = SPEC.item_of(keyframe)
-        image = _decode_jpeg(keyframe["jpeg"])
+        image = decode_picture(keyframe["jpeg"])
         if image is None:
             size = len(keyframe["jpeg"] or b"")
             return Fail(item, f"keyframe {item}: its JPEG of {size} bytes cannot be read; redo the keyframes stage")
@@ -167,13 +168,6 @@ def match_people(faces: np.ndarray, people: list[Row]) -> list[int | None]:
         if gain[face, person] > 0:
             matches[face] = int(people[person]["person_index"])
     return matches
-
-
-def _decode_jpeg(jpeg: bytes | None) -> np.ndarray | None:
-    """An RGB uint8 picture, or None where the bytes are no picture."""
-    import cv2
-
-    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
 
 
 def _encode_jpeg(image: np.ndarray, quality: int) -> bytes:

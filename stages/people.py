@@ -109,8 +109,10 @@ class People:
             yield self._look_at(keyframe)
 
     def _look_at(self, keyframe: Row) -> Outcome:
+        from models.pictures import decode_picture
+
         item = SPEC.item_of(keyframe)
-        image = _decode_jpeg(keyframe["jpeg"])
+        image = decode_picture(keyframe["jpeg"])
         if image is None:
             size = len(keyframe["jpeg"] or b"")
             return Fail(item, f"keyframe {item}: its JPEG of {size} bytes cannot be read; redo the keyframes stage")
@@ -202,13 +204,6 @@ def body_of_face(faces: np.ndarray, width: int, height: int) -> np.ndarray:
     y0, y1 = faces[:, 1] - 0.4 * sides[:, 1], faces[:, 3] + 6 * sides[:, 1]
     boxes = np.stack([x0, y0, x1, y1], axis=1)
     return np.clip(boxes, 0, np.array([width, height] * 2)).astype(np.float32)
-
-
-def _decode_jpeg(jpeg: bytes | None) -> np.ndarray | None:
-    """An RGB uint8 picture, or None where the bytes are no picture."""
-    import cv2
-
-    return cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB) if jpeg else None
 
 
 def _encode_png(mask: np.ndarray) -> bytes:
