@@ -150,8 +150,9 @@ class RayExecutor:
         """
         if not units:
             return
-        groups = group_units(units)
-        self._fit(spec, config, len(groups))
+        cpus, gpus, room = self._room_for(spec, config)
+        groups = group_units(units, room)
+        self._fit(cpus, gpus, min(room, len(groups)))
         waiting = [(group, 1) for group in reversed(groups)]
         starting = {actor.__ray_ready__.remote(): (actor, 1) for actor in self._pool}
         idle: list[Any] = []
@@ -232,8 +233,8 @@ class RayExecutor:
                 message = text or message
         progress(done, total, message)
 
-    def _fit(self, spec: StageSpec, config: StageConfig, units: int) -> None:
-        """Have a pool of actors of the shape that the stage asks for, as far as the cluster has it."""
+    def _room_for(self, spec: StageSpec, config: StageConfig) -> tuple[float, float, int]:
+        """Cores and accelerators that an actor gets, of what the stage asks for, and how many actors have room."""
         cpus = min(spec.cpus, self._total.get("CPU", 1.0))
         gpus = min(spec.gpus_for(config), self._total.get("GPU", 0.0))
         if config.starts_processes():
@@ -241,11 +242,14 @@ class RayExecutor:
         room = int(self._total.get("CPU", 1.0) // cpus)
         if gpus:
             room = min(room, int(self._total["GPU"] // gpus))
-        room = min(room, self._max_concurrent or room)
+        return cpus, gpus, max(1, min(room, self._max_concurrent or room))
+
+    def _fit(self, cpus: float, gpus: float, actors: int) -> None:
+        """Have a pool of at least so many actors of a shape."""
         if self._shape != (cpus, gpus):
             self._release()
             self._shape = (cpus, gpus)
-        while len(self._pool) < max(1, min(room, units)):
+        while len(self._pool) < actors:
             self._pool.append(self._start())
 
     def _start(self) -> Any:

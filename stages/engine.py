@@ -96,11 +96,17 @@ class Executor(Protocol):
         ...
 
 
-def group_units(units: Sequence[tuple[Work, Unit]]) -> list[tuple[tuple[Work, Unit], ...]]:
-    """Units as workers take them: one by one, or several subjects of a job that takes them at once."""
+def group_units(units: Sequence[tuple[Work, Unit]], workers: int = 1) -> list[tuple[tuple[Work, Unit], ...]]:
+    """Units as workers take them: one by one, or several subjects of a job that takes them at once.
+
+    Args:
+        units: In their order.
+        workers: How many there are; none is left without a part.
+    """
     groups: list[tuple[tuple[Work, Unit], ...]] = []
     for config, found in itertools.groupby(units, key=lambda pair: pair[0].config):
-        alike, most = list(found), config.subjects_at_once()
+        alike = list(found)
+        most = min(config.subjects_at_once(), -(-len(alike) // workers))
         groups += [tuple(alike[start : start + most]) for start in range(0, len(alike), most)]
     return groups
 

@@ -237,9 +237,13 @@ def test_ray_gives_a_unit_up_after_three_deaths(ray_bench):
     assert list(report.done) == ["lives"]
 
 
+def test_ray_shares_subjects_out_over_its_workers(ray_bench):
+    assert at_once(ray_bench.tell("1", "2", "3", "4", at_once=9)) == {"1": 2, "2": 2, "3": 2, "4": 2}
+
+
 def test_ray_tries_the_subjects_of_a_dead_worker_one_by_one(ray_bench):
     report = ray_bench.tell("before", "dies", "after", "another")
-    assert at_once(report) == {"before": 1, "after": 1, "another": 1}
+    assert at_once(report) == {"before": 1, "after": 2, "another": 2}
     assert "killed its worker" in report.failed["dies"]
 
 
