@@ -186,6 +186,10 @@ class FeatureWriter:
             self._arrays[kind][rows] = values.unflatten(0, (len(images), VIEWS)).half().cpu().numpy()
         self._written += len(images)
 
+    def leave_out(self) -> None:
+        """Leave a row empty; with the split `test` nothing is trained on it."""
+        self._written += 1
+
 
 def _allocate(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """A mapped float16 array whose room on the disk is taken at once: a full disk under a map kills the process.

@@ -9,6 +9,7 @@ Dimensions: batch; height, width in pixels; row = height / block, column = width
 import io
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
+
+from models.pictures import load_picture_file
 
 # Full-range YCbCr of JPEG (JFIF), rows Y, Cb, Cr.
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
@@ -116,6 +119,11 @@ def read_picture(jpeg: bytes) -> Float[Tensor, "3 height width"]:
     """Decode a picture into RGB in 0..1."""
     with Image.open(io.BytesIO(jpeg)) as picture:
         return to_tensor(np.asarray(picture.convert("RGB"))[None])[0]
+
+
+def load_picture(path: Path) -> Float[Tensor, "3 height width"]:
+    """A picture's file in RGB in 0..1; errors of `load_picture_file`."""
+    return to_tensor(np.asarray(load_picture_file(path)[1].convert("RGB"))[None])[0]
 
 
 def cover(

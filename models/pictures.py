@@ -26,7 +26,12 @@ def decode_picture(data: bytes | None) -> UInt8[np.ndarray, "height width 3"] | 
 
 
 def read_picture_file(path: Path) -> bytes:
-    """A file's bytes, once they were decoded whole.
+    """A file's bytes, once they were decoded whole; errors of `load_picture_file`."""
+    return load_picture_file(path)[0]
+
+
+def load_picture_file(path: Path) -> tuple[bytes, Image.Image]:
+    """A file's bytes, and the picture that they are.
 
     Raises:
         PictureError: It is no whole picture, or claims to be huge, which is refused before it is decoded.
@@ -36,10 +41,9 @@ def read_picture_file(path: Path) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
             picture = Image.open(io.BytesIO(data))
-        with picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"it is {picture.width} x {picture.height}")
-            picture.load()
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"it is {picture.width} x {picture.height}")
+        picture.load()
     except Image.DecompressionBombError as error:
         raise PictureError(f"{path}: more than {MAX_PIXELS:,} pixels ({error}): scale the picture down") from error
     except OSError as error:
@@ -48,4 +52,4 @@ def read_picture_file(path: Path) -> bytes:
         raise PictureError(f"{path}: cannot be read as a picture ({error}): give a JPEG or PNG file") from error
     except Exception as error:  # those of PIL's many decoders
         raise PictureError(f"{path}: cannot be read as a picture ({error}): give a JPEG or PNG file") from error
-    return data
+    return data, picture

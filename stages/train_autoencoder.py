@@ -7,6 +7,7 @@ are reconstructed, and it is measured how often a reconstruction lies nearest to
 
 import hashlib
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
     from models.feature_table import FeatureSpace, FeatureTable
     from models.training import TrainingRun
 
+log = logging.getLogger(__name__)
+
 SMALL_DECODER = (
     "flattening", "channels", "layers", "cross_dim", "heads", "norm_groups", "draft_components", "draft_width"
 )  # fmt: skip
+IMAGES_AT_ONCE = 16
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -310,9 +314,15 @@ class TrainAutoencoder:
         return crops
 
     def _prepare_images(self, space: "FeatureSpace", images: Path, folder: Path) -> Path:
-        """Features and latents of a folder of pictures; kept in the scratch folder, for a killed run to go on with."""
+        """Features and latents of a folder of pictures; kept in the scratch folder, for a killed run to go on with.
+
+        Pictures that cannot be read are told, and left out.
+        """
+        import torch
+
         from models.feature_table import FeatureWriter, FrozenModels, write_space
-        from models.latents import cover, read_picture
+        from models.latents import cover, load_picture
+        from models.pictures import PictureError
         from models.pretrained import choose_device
 
         if (folder / "config.json").is_file():
@@ -321,13 +331,21 @@ class TrainAutoencoder:
         folder.mkdir(parents=True, exist_ok=True)
         frozen = FrozenModels(space, self.weights_dir, choose_device(None))
         writer = FeatureWriter(frozen, folder, "crops", len(pictures), (space.crop_px, space.crop_px))
-        for path in pictures:
+        splits, batch = ["train"] * len(pictures), []
+        for place, path in enumerate(pictures):
             try:
-                picture = read_picture(path.read_bytes())
-            except OSError as error:
-                raise ComputationError(f"{path} cannot be read ({error}): remove it or get it again") from error
-            writer.write(cover(picture[None], space.crop_px, space.crop_px))
-        keys = [{"film_id": path.name, "frame_index": 0, "split": "train"} for path in pictures]
+                batch.append(cover(load_picture(path)[None], space.crop_px, space.crop_px))
+            except PictureError as error:
+                log.warning("a picture is left out: %s", error)
+                splits[place] = "test"
+            if batch and (len(batch) == IMAGES_AT_ONCE or splits[place] == "test" or place == len(pictures) - 1):
+                writer.write(torch.cat(batch))
+                batch = []
+            if splits[place] == "test":
+                writer.leave_out()
+        if "train" not in splits:
+            raise ComputationError(f"none of the {len(pictures)} pictures in {images} can be read: get them again")
+        keys = [{"film_id": p.name, "frame_index": 0, "split": s} for p, s in zip(pictures, splits, strict=True)]
         write_space(space, keys, folder)
         return folder
 

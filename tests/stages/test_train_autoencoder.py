@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from models.feature_table import FeatureTable, feature_folders
 from models.sdxl_decoder import load_unet
 from stages.errors import ComputationError, MissingInputError, UsageError
 from stages.spec import no_progress
@@ -127,12 +128,23 @@ def test_a_folder_of_pictures_can_be_the_first_phase(inputs, tmp_path):
     assert len(json.loads((out / "history.json").read_text())) == 1
 
 
-def test_a_damaged_picture_of_the_folder_is_named(inputs, tmp_path):
+def test_damaged_pictures_of_the_folder_are_named_and_left_out(inputs, tmp_path, caplog):
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "bad.png").write_bytes(b"no picture")
-    phase = {**TINY["image_phase"], "data": "images", "images_dir": tmp_path / "pictures"}
-    with pytest.raises(ComputationError, match=r"bad.png cannot be read .*remove it or get it again"):
-        _run(tmp_path, inputs, TrainAutoencoderConfig(**{**TINY, "image_phase": phase}))
+    for name in ("1-bad.png", "5-bad.jpg"):
+        (tmp_path / "pictures" / name).write_bytes(b"no picture")
+    phase = {**TINY["image_phase"], "data": "images", "images_dir": tmp_path / "pictures", "steps": 3}
+    config = TrainAutoencoderConfig(**{**TINY, "image_phase": phase, "film_phase": {**TINY["film_phase"], "steps": 0}})
+    with pytest.raises(ComputationError, match=r"none of the 2 pictures in .*pictures can be read: get them again"):
+        _run(tmp_path, inputs, config)
+    for place in (2, 3, 4, 6):
+        Image.new("RGB", (20, 30), (40 * place, 10, 10)).save(tmp_path / "pictures" / f"{place}.png")
+    space = FeatureTable(feature_folders(inputs["features"]), "keyframes").space
+    made = TrainAutoencoder(config)._prepare_images(space, phase["images_dir"], tmp_path / "made")
+    table = FeatureTable([made], "crops")
+    assert [row // 2 for row in table.training_views()] == 2 * [1, 2, 3, 5]
+    assert all(bool(table[2 * row][1].any()) == (row in (1, 2, 3, 5)) for row in range(6))
+    assert "1-bad.png: cannot be read as a picture" in caplog.text
+    assert len(json.loads((_run(tmp_path / "more", inputs, config) / "history.json").read_text())) == 3
 
 
 def test_what_changes_nothing_is_not_in_the_recipe():
