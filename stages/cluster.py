@@ -7,6 +7,8 @@ needs no scheduling by Ray beyond the actors themselves and so cannot deadlock o
 import logging
 import math
 import os
+import shlex
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -100,7 +102,10 @@ def start_ray(address: str | None, cpus: int | None) -> None:
     if address:
         ray.init(address=address, **quiet)
         return
-    local = {"num_cpus": cpus or len(os.sched_getaffinity(0)), "object_store_memory": OBJECT_STORE_BYTES}
+    local: dict[str, Any] = {"num_cpus": cpus or len(os.sched_getaffinity(0))}
+    local["object_store_memory"] = OBJECT_STORE_BYTES
+    if " " in sys.executable:  # Ray Train's workers are started by a shell line in which Ray quotes nothing
+        local["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
     ray.init(address="local", include_dashboard=False, **local, **quiet)
 
 
