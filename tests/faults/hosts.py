@@ -54,6 +54,7 @@ class Hosts:
         self._names = [f"md-{run}-{index}" for index in range(workers + 1)]
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         ours = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+        ours["GLOO_SOCKET_IFNAME"] = "eth0"  # all hosts have this machine's name, which means 127.0.0.1
         self._environment = kept | NOTICES_LOSS | ours
 
     @property

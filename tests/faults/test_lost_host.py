@@ -1,19 +1,8 @@
 """A short form of `python -m tests.faults.hosts`."""
 
-import pytest
-
-from tests.faults.hosts import FILMS, NoHostsError, connected_hosts, measure
+from tests.faults.hosts import FILMS, measure
 
 ROWS = 15
-
-
-@pytest.fixture
-def hosts():
-    try:
-        with connected_hosts() as connected:
-            yield connected
-    except NoHostsError as error:
-        pytest.skip(str(error))
 
 
 def test_every_film_completes_when_a_host_is_cut_off_in_the_middle_of_a_stage(hosts):
