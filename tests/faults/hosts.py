@@ -49,6 +49,10 @@ class Hosts:
 
     def __init__(self, folder: Path, workers: int) -> None:
         self.folder = folder
+        self._python = Path(sys.executable)
+        if " " in sys.executable:  # of which `ray start` makes shell lines without quotes
+            (folder / "environment").symlink_to(sys.prefix)
+            self._python = folder / "environment" / self._python.relative_to(sys.prefix)
         self._processes: list[subprocess.Popen] = []
         run = uuid.uuid4().hex[:8]
         self._names = [f"md-{run}-{index}" for index in range(workers + 1)]
@@ -106,7 +110,7 @@ class Hosts:
 
     def call(self, index: int, *words: str, **options: Any) -> subprocess.Popen:
         """Start Python on a host; it is ended with the hosts."""
-        command = ["ip", "netns", "exec", self._names[index], sys.executable, *words]
+        command = ["ip", "netns", "exec", self._names[index], str(self._python), *words]
         with (self.folder / f"log-{index}").open("ab") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log} | options
             process = subprocess.Popen(command, cwd=ROOT, env=self._environment, start_new_session=True, **streams)
