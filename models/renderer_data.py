@@ -83,9 +83,5 @@ class RendererViews(Dataset):
         """The keyframe's own face of each of its characters that has one, in the script's order."""
         table = self.tokens
         characters = [character.character_index for character in table.script(row).characters]
-        places = [
-            next((place for r, place in table.faces_of(table.films[row], character) if r == row), None)
-            for character in characters
-            if character is not None
-        ]
+        places = [table.own_face(row, character) for character in characters if character is not None]
         return [table.face(row, place) for place in places if place is not None]

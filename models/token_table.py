@@ -159,6 +159,12 @@ class TokenTable:
         found = np.searchsorted(self._face_starts, faces, side="right") - 1
         return found, faces - self._face_starts[found]
 
+    def own_face(self, row: int, character_index: int) -> int | None:
+        """Position of a character's first face among the keyframe's own, or None where it has none."""
+        of_row = self._face_characters[self._face_starts[row] : self._face_starts[row + 1]]
+        found = np.flatnonzero(of_row == character_index)
+        return int(found[0]) if len(found) else None
+
     def characters(self, film: str) -> list[int]:
         """Index of every identified character of a film that has a face, in order."""
         rows = self.rows_of(film)

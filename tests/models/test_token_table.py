@@ -93,6 +93,8 @@ def test_characters_are_told_by_film(write):
     table = write([make_row("b", 0, faces=(2, -1)), make_row("b", 9, faces=())], [make_row("a film", 0, faces=(2, 5))])
     assert (table.characters("a film"), table.characters("b"), table.characters("c")) == ([2, 5], [2], [])
     assert (table.faces_of("b", 2), table.faces_of("b", 5), table.faces_of("c", 2)) == ([(1, 0)], [], [])
+    own = [table.own_face(row, character) for row, character in ((0, 5), (0, 2), (1, 5), (2, 2))]
+    assert own == [1, 0, None, None]
 
 
 def test_another_process_reads_the_files_itself(write):
