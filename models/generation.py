@@ -93,32 +93,6 @@ def no_progress(done: int, total: int) -> None:
     """A `Progress` that shows nothing."""
 
 
-def generate(
-    model: AutoregressiveModel,
-    frames: Sequence[Frame],
-    *,
-    history: Sequence[Frame] = (),
-    references: Sequence[Float[np.ndarray, "token dim"]] = (),
-    seed: int = 0,
-    sampling: Sampling = DEFAULT_SAMPLING,
-    progress: Progress = no_progress,
-) -> Float[np.ndarray, "frame token dim"]:
-    """Sample the tokens of one story's frames, one frame after the other; there is no greatest length.
-
-    Args:
-        model: In evaluation mode.
-        frames: As in `Prompt`, like the next three.
-        history: Frames that come before.
-        references: Tokens of frames to follow.
-        seed: Same arguments and seed, same tokens.
-        sampling: Window, temperature, guidance.
-        progress: Called after each frame with frames made and frames in all.
-
-    Source: the paper, section 3.3 (equation 5, few-shot) and appendix A (128 context frames).
-    """
-    return generate_many(model, [Prompt(frames, history, references, seed)], sampling, progress)[0]
-
-
 def generate_many(
     model: AutoregressiveModel,
     prompts: Sequence[Prompt],

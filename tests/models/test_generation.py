@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.autoregressive import AutoregressiveModel, halve_trunk
-from models.generation import Prompt, Sampler, Sampling, generate, generate_many
+from models.generation import Prompt, Sampler, Sampling, generate_many, no_progress
 from models.gmm import guide
 from models.script import Character, FrameScript
 from models.sequence import Frame, Kind, build_sequence
@@ -19,6 +19,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHORT = Sampling(window_frames=4, overlap_frames=2)
 SLIDING = replace(SHORT, window="slide")
+
+
+def generate(model, frames, *, history=(), references=(), seed=0, sampling=Sampling(), progress=no_progress):  # noqa: B008
+    """One story by itself."""
+    return generate_many(model, [Prompt(frames, history, references, seed)], sampling, progress)[0]
 
 
 def scripts_only(frames: list[Frame]) -> list[Frame]:
