@@ -25,6 +25,11 @@ def decode_picture(data: bytes | None) -> UInt8[np.ndarray, "height width 3"] | 
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
 
 
+def decode_gray(data: bytes | None) -> UInt8[np.ndarray, "height width"] | None:
+    """A picture without colour, such as a mask, or None where the bytes are none."""
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
+
+
 def read_picture_file(path: Path) -> bytes:
     """A file's bytes, once they were decoded whole; errors of `load_picture_file`."""
     return load_picture_file(path)[0]

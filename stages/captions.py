@@ -308,10 +308,9 @@ def _face(row: Row) -> "Face":
 
 def _decode(data: bytes, what: str, color: bool) -> np.ndarray:
     """RGB uint8 (height, width, 3), or uint8 (height, width) without colour."""
-    import cv2
+    from models.pictures import decode_gray, decode_picture
 
-    flags = cv2.IMREAD_COLOR_RGB if color else cv2.IMREAD_GRAYSCALE
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    image = decode_picture(data) if color else decode_gray(data)
     if image is None:
         raise ValueError(f"the {what} ({len(data)} bytes) cannot be decoded: redo the stage that wrote it")
     return image
